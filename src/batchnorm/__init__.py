@@ -1,0 +1,3 @@
+"""Batch Normalization for PyTorch."""
+
+__version__ = "0.1.0"
