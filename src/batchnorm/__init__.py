@@ -1,3 +1,19 @@
-"""Batch Normalization for PyTorch."""
+"""Batch Normalization for PyTorch: put it in, train it, see it, fold it away.
+
+Source: Ioffe & Szegedy (2015), arXiv 1502.03167.
+"""
+
+from batchnorm import functional
+from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormPerActivation
+from batchnorm.moments import Moments
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "BatchNormPerActivation",
+    "Moments",
+    "functional",
+]

@@ -1,0 +1,129 @@
+"""Operator contracts: schema, fake and gradient, no arithmetic.
+
+Registered with `torch.library`, so `torch.compile`, `torch.export` and `opcheck` know them.
+"""
+
+import torch
+from torch import Tensor
+
+from batchnorm.kernels import reference
+from batchnorm.moments import Moments
+
+
+@torch.library.custom_op("batchnorm::normalize", mutates_args=())
+def normalize(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`reference.forward` as an operator: y, mean, biased variance and count (int64, shape ())."""
+    y, moments = reference.forward(x, gamma, beta, residual, mask, eps, activation)
+    count = torch.as_tensor(moments.count, dtype=torch.int64, device=x.device)
+    return _laid_out_as(x, y), moments.mean, moments.var, count
+
+
+@normalize.register_fake
+def _(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    mean = x.new_empty(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
+    return torch.empty_like(x), mean, torch.empty_like(mean), x.new_empty((), dtype=torch.int64)
+
+
+@torch.library.custom_op("batchnorm::normalize_backward", mutates_args=())
+def normalize_backward(
+    dy: Tensor,
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    count: Tensor,
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`reference.backward` as an operator: ∂x, ∂γ, ∂β (float32 or wider) and ∂residual."""
+    moments = Moments(mean, var, count)
+    dx, dgamma, dbeta, dz = reference.backward(dy, x, gamma, beta, residual, mask, moments, eps, activation)
+    return _laid_out_as(x, dx), dgamma, dbeta, _laid_out_as(x, dz)
+
+
+@normalize_backward.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    count: Tensor,
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean), torch.empty_like(x)
+
+
+def _laid_out_as(x: Tensor, t: Tensor) -> Tensor:
+    # The fakes promise the input's memory format and dtype, and no output may be another's memory.
+    return torch.empty_like(x).copy_(t)
+
+
+def _remember(ctx, inputs, output):
+    x, gamma, beta, residual, mask, ctx.eps, ctx.activation = inputs
+    _, mean, var, count = output
+    ctx.save_for_backward(x, gamma, beta, residual, mask, mean, var, count)
+    ctx.mark_non_differentiable(mean, var, count)  # they feed running averages, never a loss
+
+
+def _gradients(ctx, dy, *_):
+    x, gamma, beta, residual, mask, mean, var, count = ctx.saved_tensors
+    dx, dgamma, dbeta, dz = normalize_backward(
+        dy, x, gamma, beta, residual, mask, mean, var, count, ctx.eps, ctx.activation
+    )
+    return (
+        dx,
+        None if gamma is None else dgamma.to(gamma.dtype),
+        None if beta is None else dbeta.to(beta.dtype),
+        None if residual is None else dz.to(residual.dtype),
+        None,
+        None,
+        None,
+    )
+
+
+normalize.register_autograd(_gradients, setup_context=_remember)
+
+
+def _remember_backward(ctx, inputs, output):
+    *tensors, ctx.eps, ctx.activation = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _second_gradients(ctx, *grads):
+    # The moments are functions of x here: they are taken again, so that their share is counted.
+    dy, x, gamma, beta, residual, mask, *_ = ctx.saved_tensors
+    with torch.enable_grad():
+        inputs = [t if t is None else t.detach().requires_grad_() for t in (dy, x, gamma, beta, residual)]
+        moments = Moments.of(inputs[1], mask=mask)
+        outputs = reference.backward(*inputs, mask, moments, ctx.eps, ctx.activation)
+        outputs = tuple(o.to(g.dtype) for o, g in zip(outputs, grads, strict=True))
+    wanted = [t for t in inputs if t is not None]
+    found = iter(torch.autograd.grad(outputs, wanted, grads, allow_unused=True))
+    return *(None if t is None else next(found) for t in inputs), None, None, None, None, None, None
+
+
+normalize_backward.register_autograd(_second_gradients, setup_context=_remember_backward)

@@ -1,0 +1,7 @@
+"""The layers: nn.Modules, and the only place where running statistics move."""
+
+from batchnorm.layers.adopt import adopt
+from batchnorm.layers.base import Normalization
+from batchnorm.layers.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormPerActivation
+
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "BatchNormPerActivation", "Normalization", "adopt"]

@@ -1,0 +1,145 @@
+"""Mean, variance and count of a set of samples, and the one law that merges them.
+
+Training, recalibration, ranks and micro-batches all summarize samples as `Moments` and
+combine them with `Moments.merge`, so every road to population statistics is the same road.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean, biased variance and count of samples, channel by channel.
+
+    Attributes:
+        mean: Shape (C,), float32 or wider.
+        var: Biased variance (divided by ``count``), shape (C,), squared units of the samples.
+        count: Samples per channel. An ``int`` where it follows from the shape, a tensor of
+            shape () where a mask decides it, so that no device has to be waited for.
+    """
+
+    mean: Tensor
+    var: Tensor
+    count: Tensor | int
+
+    @classmethod
+    def of(
+        cls,
+        x: Tensor,
+        *,
+        channel_dim: int = 1,
+        mask: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "Moments":
+        """Moments of every channel of ``x``, over all its other dimensions.
+
+        Two passes with a correction: the mean is refined by the mean of what is left after
+        subtracting it, and the variance is taken around the refined mean. Nothing is ever
+        computed as E[x²] − E[x]², which goes negative where \\|mean\\| ≫ deviation.
+
+        Args:
+            x: Floating point, any shape with a channel dimension.
+            channel_dim: Where the channels are; 1 or -1 for batches.
+            mask: Boolean, the shape of ``x`` without its channel dimension; only samples
+                where it is true count.
+            dtype: What to compute in; by default float32, or float64 for float64 samples.
+
+        Returns:
+            Moments with ``mean`` and ``var`` of shape (C,). No samples give zeros and count 0.
+
+        Raises:
+            ValueError: ``mask`` is not boolean or has another shape.
+
+        Source: Chan, Golub & LeVeque (1983), the corrected two-pass algorithm.
+        """
+        channel_dim %= x.dim()
+        around = [d for d in range(x.dim()) if d != channel_dim]
+        x = x.to(dtype or torch.promote_types(x.dtype, torch.float32))
+        if mask is None:
+            count: Tensor | int = x.numel() // x.shape[channel_dim] if x.shape[channel_dim] else 0
+            if count == 0:
+                return cls(x.new_zeros(x.shape[channel_dim]), x.new_zeros(x.shape[channel_dim]), 0)
+            mean = x.mean(around, keepdim=True)
+            deviation = x - mean
+            correction = deviation.mean(around, keepdim=True)
+            var = (deviation - correction).square().mean(around)
+        else:
+            check_mask(mask, x, channel_dim)
+            mask = mask.unsqueeze(channel_dim)
+            count = mask.sum()
+            divisor = count.clamp(min=1)
+            mean = torch.where(mask, x, 0).sum(around, keepdim=True) / divisor
+            deviation = torch.where(mask, x - mean, 0)
+            correction = deviation.sum(around, keepdim=True) / divisor
+            var = torch.where(mask, deviation - correction, 0).square().sum(around) / divisor
+        return cls((mean + correction).flatten(), var, count)
+
+    def merge(self, other: "Moments") -> "Moments":
+        """Moments of both sample sets together, exact whatever their sizes (0 included).
+
+        Source: Chan, Golub & LeVeque (1983).
+        """
+        total = self.count + other.count
+        share = other.count / (total.clamp(min=1) if isinstance(total, Tensor) else max(total, 1))
+        gap = other.mean - self.mean
+        within = self.var + (other.var - self.var) * share
+        return Moments(self.mean + gap * share, within + gap.square() * share * (1 - share), total)
+
+    @classmethod
+    def merged(cls, parts: Iterable["Moments"]) -> "Moments":
+        """All of ``parts`` in one, merged from left to right.
+
+        Raises:
+            ValueError: There are no parts.
+        """
+        parts = list(parts)
+        if not parts:
+            raise ValueError("Moments.merged needs at least one part; it was given none")
+        return reduce(cls.merge, parts)
+
+    def all_reduce(self, group: Any = None) -> "Moments":
+        """Moments of the samples of all ranks, weighted by count; the same bits on every rank.
+
+        Mean, variance and count travel together in one collective, in float64.
+
+        Args:
+            group: A process group of `torch.distributed`; the default group when ``None``.
+        """
+        num_ranks = dist.get_world_size(group)
+        count = torch.as_tensor(self.count, dtype=torch.float64, device=self.mean.device)
+        packed = torch.cat([self.mean.double(), self.var.double(), count.reshape(1)])
+        gathered = [torch.empty_like(packed) for _ in range(num_ranks)]
+        dist.all_gather(gathered, packed, group=group)
+        num = self.mean.numel()
+        whole = Moments.merged(Moments(p[:num], p[num:-1], p[-1]) for p in gathered)
+        return Moments(whole.mean.to(self.mean.dtype), whole.var.to(self.var.dtype), whole.count)
+
+    def unbiased(self) -> Tensor:
+        """Variance divided by ``count − 1``, shape (C,); equal to ``var`` for a single sample."""
+        if isinstance(self.count, Tensor):
+            return self.var * (self.count / (self.count - 1).clamp(min=1))
+        return self.var * (self.count / max(self.count - 1, 1))
+
+    def to(self, dtype: torch.dtype) -> "Moments":
+        """The same moments with mean and variance in ``dtype``."""
+        return Moments(self.mean.to(dtype), self.var.to(dtype), self.count)
+
+
+def check_mask(mask: Tensor, x: Tensor, channel_dim: int = 1) -> None:
+    """Raise ``ValueError`` unless ``mask`` is boolean and shaped as ``x`` without its channels."""
+    expected = list(x.shape)
+    del expected[channel_dim]
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask must be boolean (true where a sample counts), got {mask.dtype}")
+    if list(mask.shape) != expected:
+        raise ValueError(
+            f"mask must have the shape of the input without its channels, {tuple(expected)} for an "
+            f"input of shape {tuple(x.shape)}, got {tuple(mask.shape)}"
+        )
