@@ -1,5 +1,6 @@
 """The one place where running statistics move."""
 
+import math
 from typing import Any
 
 import torch
@@ -8,7 +9,6 @@ from torch import Tensor
 from batchnorm.moments import Moments
 
 
-@torch.no_grad()
 def commit(
     running_mean: Tensor,
     running_var: Tensor,
@@ -28,28 +28,31 @@ def commit(
         moments: Of the batch.
         momentum: Weight of the batch; ``None`` averages all batches equally.
     """
-    moments = _merged_over_lanes(moments, running_mean)
-    if not isinstance(moments.count, Tensor) and moments.count < 2:
+    in_lanes = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    if in_lanes:
+        moments = _merged_over_lanes(moments, running_mean)
+    mean, var, count = moments.mean, moments.unbiased(), moments.count
+    if not isinstance(count, Tensor) and count < 2:
         return
-    mean, var = moments.mean.to(running_mean.dtype), moments.unbiased().to(running_var.dtype)
-    # A sum is finite only if all of its terms are; no device has to be waited for.
-    sound = (mean.sum() + var.sum()).isfinite()
-    if isinstance(moments.count, Tensor):
-        sound = sound & (moments.count > 1)
+    # A sum is finite only if all of its terms are.
+    probe = mean.sum() + var.sum()
+    if isinstance(count, int) and probe.device.type == "cpu" and not in_lanes and not torch.compiler.is_compiling():
+        if not math.isfinite(probe.item()):
+            return
+        num_batches_tracked += 1
+        new_weight = 1 / num_batches_tracked.item() if momentum is None else momentum
+        running_mean.lerp_(mean.to(running_mean.dtype), new_weight)
+        running_var.lerp_(var.to(running_var.dtype), new_weight)
+        return
+    # The same without looking at a value: a device would have to be waited for.
+    sound = probe.isfinite() & (count > 1)
     num_batches_tracked += sound
-    new_weight: Tensor | float
-    if momentum is None:
-        new_weight = 1 / num_batches_tracked.clamp(min=1).to(running_mean.dtype)
-    else:
-        new_weight = momentum
+    share = 1 / num_batches_tracked.clamp(min=1).to(running_mean.dtype) if momentum is None else momentum
     for running, new in ((running_mean, mean), (running_var, var)):
-        moved = running * (1 - new_weight) + new * new_weight
-        running.copy_(torch.where(sound, moved, running))
+        running.copy_(torch.where(sound, torch.lerp(running, new.to(running.dtype), share), running))
 
 
 def _merged_over_lanes(moments: Moments, running: Tensor) -> Moments:
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
-        return moments
     count = torch.as_tensor(moments.count, device=moments.mean.device)
     return Moments(*_MergeLanes.apply(moments.mean, moments.var, count, running))
 
