@@ -104,7 +104,11 @@ IDX_SOURCES = {
             "bag",
             "ankle boot",
         ),
-        mirrors=("https://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",),
+        mirrors=(
+            "https://storage.googleapis.com/tensorflow/tf-keras-datasets/",
+            # The publisher's own address is a bucket website, and those speak plain http only.
+            "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+        ),
         md5={
             TRAIN_IMAGES: "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
             TRAIN_LABELS: "25c81989df183df01b3e8a0aad5dffbe",
@@ -193,9 +197,9 @@ def _load_idx(name: str, folder: Path, *, download: bool, progress: bool) -> Ima
             path = fetch(file_name, source.mirrors, md5, folder / name, progress=progress)
         elif path.suffix == ".gz" and (found := md5_of(path)) != md5:
             raise ValueError(
-                f"{path}: md5 {found}, but {name} is published with {md5}: the file is damaged or of "
-                "another data set. Delete it to have it downloaded again; if it is meant to differ, unpack it "
-                "(plain idx files are read as they are)."
+                f"{path}: md5 {found}, but {name} is published with {md5}: the file is damaged or belongs to "
+                "another data set. Delete it to have it downloaded again; if it is meant to differ, unpack "
+                "it (plain idx files are read as they are)."
             )
         arrays[file_name] = read_idx(path)
     return ImageData(

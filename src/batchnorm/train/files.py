@@ -1,0 +1,135 @@
+"""Writing files so that a reader, or a later run, sees the old content or the new and nothing between."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+PARTIAL = ".partial"
+"""Ending of what is not finished yet; such names begin with a dot, and may be deleted when no run is on."""
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file beside its place, force it to the disk, then rename it over what was there.
+
+    Args:
+        path: Where the file goes; its folder exists.
+        data: The whole content.
+
+    Raises:
+        OSError: The disk refused; what stood at ``path`` is still there. A full disk is said so.
+    """
+    partial = _partial(path)
+    with _explained(path):
+        try:
+            _write_synced(partial, data)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+        sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """:func:`write_bytes` of a JSON document, indented for people; NaN is refused as JSON has none."""
+    write_bytes(path, to_json(value))
+
+
+def to_json(value: Any) -> bytes:
+    """A JSON document with a final newline; floats round-trip exactly."""
+    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
+
+
+def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
+    """Write a whole folder at once: beside its place, forced to the disk, then renamed.
+
+    Args:
+        path: Where the folder goes. One that stands there is replaced.
+        files: Content by file name.
+
+    Raises:
+        OSError: The disk refused; what stood at ``path`` is still there.
+    """
+    partial, old = _partial(path), path.with_name(f".{path.name}.old{PARTIAL}")
+    with _explained(path):
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            for name, data in files.items():
+                _write_synced(partial / name, data)
+            sync_folder(partial)
+            # A rename cannot replace a folder that holds files, so the old one steps aside first.
+            if path.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                path.rename(old)
+            partial.rename(path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        sync_folder(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line in a single write, so that a process that dies leaves at most one line cut short."""
+    with _explained(path), open(path, "ab", buffering=0) as file:
+        file.write(line.encode() + b"\n")
+
+
+def sync_file(path: Path) -> None:
+    """Force an existing file's content to the disk."""
+    with _explained(path), open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Force a folder's list of names to the disk: a rename is not durable before that."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder; a reader, or a run killed meanwhile, never finds half of it under its name."""
+    old = path.with_name(f".{path.name}.old{PARTIAL}")
+    shutil.rmtree(old, ignore_errors=True)
+    path.rename(old)
+    shutil.rmtree(old)
+
+
+def remove_partial(folder: Path) -> None:
+    """Delete what a killed process left unfinished in ``folder``."""
+    for path in folder.glob(f".*{PARTIAL}"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}{PARTIAL}")
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(
+            error.errno,
+            f"{os.strerror(error.errno)} while writing {path}. Nothing written earlier is lost: "
+            "free some space and give the same command again to go on from the newest checkpoint",
+        ) from error
