@@ -1,0 +1,6 @@
+"""Population statistics: what a batch-normalized network uses once training is over."""
+
+from batchnorm.statistics.recalibrate import recalibrate
+from batchnorm.statistics.recalibration_report import LayerChange, RecalibrationReport
+
+__all__ = ["LayerChange", "RecalibrationReport", "recalibrate"]
