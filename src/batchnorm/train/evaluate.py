@@ -1,6 +1,7 @@
 """How well a network does on images it was not trained on, with population statistics."""
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,8 +67,8 @@ def with_population_statistics(model: nn.Module, images: Tensor, recipe: Recipe)
 
 
 @torch.no_grad()
-def class_probabilities(model: nn.Module, images: Tensor, *, binarize: bool) -> Tensor:
-    """Softmax of the model's logits.
+def log_probabilities(model: nn.Module, images: Tensor, *, binarize: bool) -> Tensor:
+    """Logarithm of the class probabilities: log-softmax of the model's logits.
 
     Args:
         model: In evaluation mode.
@@ -78,22 +79,20 @@ def class_probabilities(model: nn.Module, images: Tensor, *, binarize: bool) -> 
         float64, shape (N, classes), on the CPU.
     """
     logits = [model(to_input(part, binarize=binarize)).double().cpu() for part in images.split(BATCH)]
-    return torch.cat(logits).softmax(dim=1)
+    return torch.cat(logits).log_softmax(dim=1)
 
 
-def score(probabilities: Tensor, labels: np.ndarray) -> Scores:
-    """Compare class probabilities, shape (N, classes), with labels, shape (N,).
+def score(log_probabilities: Tensor, labels: np.ndarray) -> Scores:
+    """Compare log-probabilities, shape (N, classes), with labels, shape (N,).
 
     With fewer than five classes, top-5 looks at all of them and is 1.
     """
     truth = torch.from_numpy(labels)
-    ranked = probabilities.topk(min(5, probabilities.shape[1]), dim=1).indices == truth[:, None]
-    # A probability that rounds to zero costs the loss of the smallest float64, not infinity.
-    chosen = probabilities.gather(1, truth[:, None]).clamp_min(torch.finfo(torch.float64).tiny)
+    ranked = log_probabilities.topk(min(5, log_probabilities.shape[1]), dim=1).indices == truth[:, None]
     return Scores(
         top1=ranked[:, 0].double().mean().item(),
         top5=ranked.any(dim=1).double().mean().item(),
-        loss=-chosen.log().mean().item(),
+        loss=nn.functional.nll_loss(log_probabilities, truth).item(),
         num_examples=len(labels),
     )
 
@@ -121,21 +120,21 @@ def evaluate_runs(
         raise ValueError("Nothing to evaluate: give at least one run folder.")
     results, members, labels = [], [], None
     for folder in map(Path, runs):
-        probabilities, data = _run_probabilities(folder, data_dir, checkpoint)
+        predictions, data = _run_predictions(folder, data_dir, checkpoint)
         if labels is not None and not np.array_equal(labels, data.test_labels):
             raise ValueError(
                 f"{folder} was trained on other data ({data.name}) than {runs[0]}: no ensemble of both."
             )
         labels = data.test_labels
-        members.append(probabilities)
-        results.append(RunScores(str(folder), score(probabilities, labels)))
+        members.append(predictions)
+        results.append(RunScores(str(folder), score(predictions, labels)))
     if len(members) > 1:
-        mean = torch.stack(members).mean(dim=0)
+        mean = torch.stack(members).logsumexp(dim=0) - math.log(len(members))
         results.append(RunScores(f"ensemble of {len(members)}", score(mean, data.test_labels)))
     return results
 
 
-def _run_probabilities(
+def _run_predictions(
     folder: Path, data_dir: str | Path | None, checkpoint: str | None
 ) -> tuple[Tensor, ImageData]:
     recipe, facts = read_run(folder)
@@ -150,4 +149,4 @@ def _run_probabilities(
         if checkpoint is not None:
             model = with_population_statistics(model, torch.from_numpy(data.train_images).to(device), recipe)
         images = torch.from_numpy(data.test_images).to(device)
-        return class_probabilities(model, images, binarize=recipe.binarize), data
+        return log_probabilities(model, images, binarize=recipe.binarize), data

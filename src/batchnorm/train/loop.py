@@ -24,7 +24,7 @@ from batchnorm.train.checkpoint import (
     save_checkpoint,
     to_safetensors,
 )
-from batchnorm.train.evaluate import Scores, class_probabilities, score, with_population_statistics
+from batchnorm.train.evaluate import Scores, log_probabilities, score, with_population_statistics
 from batchnorm.train.metrics import MetricsLog, ProgressReport, cut_metrics
 from batchnorm.train.recipe import Recipe
 from batchnorm.train.run import CHECKPOINTS, METRICS_FILE, MODEL_FILE, TENSORBOARD, load_model, open_run
@@ -206,8 +206,8 @@ class _Trainer:
         self.saved_step = self.step
 
     def _scores(self, model: nn.Module) -> Scores:
-        probabilities = class_probabilities(model, self.test_images, binarize=self.recipe.binarize)
-        return score(probabilities, self.data.test_labels)
+        predictions = log_probabilities(model, self.test_images, binarize=self.recipe.binarize)
+        return score(predictions, self.data.test_labels)
 
     def _finite_losses(self) -> Tensor:
         losses = self.losses[: self.num_losses].cpu()

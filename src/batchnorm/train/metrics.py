@@ -143,7 +143,11 @@ class ProgressReport:
         if self._bar is not None:
             self._draw(row["step"])
         elif self._shown and "accuracy" in row:
-            self._print(f"step {row['step']}/{self._total}  {self._describe(row['step'])}", highlight=False)
+            self._print(
+                f"step {row['step']}/{self._total}  {self._describe(row['step'])}",
+                highlight=False,
+                soft_wrap=True,
+            )
 
     def _draw(self, step: int) -> None:
         self._drawn = time.perf_counter()
@@ -152,7 +156,7 @@ class ProgressReport:
     def _describe(self, step: int) -> str:
         parts = []
         if "loss" in self._latest:
-            parts.append(f"loss {self._latest['loss']:.4f}")
+            parts.append(f"loss {self._latest['loss']:.4g}")
         if "accuracy" in self._latest:
             parts.append(f"accuracy {self._latest['accuracy']:.2%}")
         if step > self._start:

@@ -1,0 +1,111 @@
+"""Finds the subcommand, and turns its errors into one message and an exit status."""
+
+import argparse
+import importlib
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+
+from batchnorm import __version__
+
+COMMANDS = {
+    "train": ("batchnorm.cli.train", "train a network by a recipe; goes on with a run that was stopped"),
+    "evaluate": (
+        "batchnorm.cli.evaluate",
+        "top-1 and top-5 accuracy of one run, or of several as an ensemble",
+    ),
+}
+"""Subcommand to the module that has it and a line about it. The module has ``run(argv: list[str]) -> None``
+and is imported only when its command is called, so that ``--help`` does not wait for the others."""
+
+TRAIN_EXTRA = {
+    "jinja2",
+    "kornia",
+    "matplotlib",
+    "PIL",
+    "plotly",
+    "pooch",
+    "rich",
+    "sklearn",
+    "tensorboard",
+    "tyro",
+}
+"""Packages, by the name they are imported under, that come with ``batchnorm[train]``."""
+
+USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
+"""What input, files, network or a diverging training can cause; anything else is a defect of ours."""
+
+EXAMPLES = """\
+examples:
+  batchnorm train bn-mlp --data digits --steps 2000 --out runs/first
+  batchnorm evaluate runs/first
+  batchnorm train --help
+
+exit status: 0 done, 2 an error (one message; --debug shows where it came from),
+130 or 143 stopped by Ctrl-C or SIGTERM after saving
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: Arguments after the program's name; None takes this process's own.
+
+    Returns:
+        The exit status: 0, 2 after an error of the user's or the machine's, 128 + n after signal n.
+
+    Raises:
+        SystemExit: After ``--help``, ``--version`` or arguments that cannot be understood.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # Understood before and after the subcommand, whose own flags are derived from dataclasses.
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    command, rest = _parse(arguments)
+    # One line instead of a line of our source under each warning.
+    warnings.formatwarning = lambda message, *_, **__: f"batchnorm: warning: {message}\n"
+    try:
+        importlib.import_module(COMMANDS[command][0]).run(rest)
+    except KeyboardInterrupt as stop:
+        _say(str(stop) or "stopped")
+        return 128 + getattr(stop, "signal_number", 2)
+    except USER_ERRORS as error:
+        if debug:
+            traceback.print_exc()
+        _say(f"error: {_message(error)}")
+        return 2
+    return 0
+
+
+def _parse(arguments: list[str]) -> tuple[str, list[str]]:
+    width = max(map(len, COMMANDS))
+    listing = "\n".join(f"  {name:{width}}  {about}" for name, (_, about) in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="batchnorm",
+        description=f"Batch Normalization for PyTorch: train, evaluate, reproduce.\n\ncommands:\n{listing}",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"batchnorm {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument(
+        "command", choices=COMMANDS, metavar="COMMAND", help="one of the above; it has its own --help"
+    )
+    # Only the command itself is parsed here: what follows belongs to it.
+    parsed = parser.parse_args(arguments[:1])
+    return parsed.command, arguments[1:]
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in TRAIN_EXTRA:
+        return f'this command needs {error.name}, which is not installed: pip install "batchnorm[train]"'
+    if isinstance(error, OSError) and error.strerror:
+        # Without "[Errno 28]", and with the file that most of them name.
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return str(error) or type(error).__name__
+
+
+def _say(text: str) -> None:
+    print(f"batchnorm: {text}", file=sys.stderr)
