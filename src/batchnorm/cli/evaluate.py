@@ -25,10 +25,14 @@ Examples:
 class EvaluateArguments:
     """What ``batchnorm evaluate`` is told."""
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
+    runs: Annotated[
+        tuple[Path, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="(at least one)"),
+    ]
     """Folders that batchnorm train wrote."""
     checkpoint: str | None = None
-    """newest, best or a step evaluates that checkpoint with fresh population statistics; default is the finished model."""
+    """newest, best or a step: evaluate that checkpoint, with fresh population statistics, not the final model."""
     data_dir: Path | None = None
     """Folder with the data's files, as for batchnorm train."""
 

@@ -5,7 +5,8 @@ import importlib
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from batchnorm import __version__
 
@@ -64,10 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     command, rest = _parse(arguments)
-    # One line instead of a line of our source under each warning.
-    warnings.formatwarning = lambda message, *_, **__: f"batchnorm: warning: {message}\n"
     try:
-        importlib.import_module(COMMANDS[command][0]).run(rest)
+        with _short_warnings():
+            importlib.import_module(COMMANDS[command][0]).run(rest)
     except KeyboardInterrupt as stop:
         _say(str(stop) or "stopped")
         return 128 + getattr(stop, "signal_number", 2)
@@ -105,6 +105,17 @@ def _message(error: BaseException) -> str:
         # Without "[Errno 28]", and with the file that most of them name.
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return str(error) or type(error).__name__
+
+
+@contextmanager
+def _short_warnings() -> Iterator[None]:
+    """One line for each warning, without the line of our source that it came from."""
+    usual = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"batchnorm: warning: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 def _say(text: str) -> None:

@@ -105,10 +105,12 @@ class Recipe:
         return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
     def differences(self, other: "Recipe") -> list[str]:
-        """Fields that differ, each as ``name: mine, not other's``."""
+        """Fields that differ, each as ``name (asked for mine, there other's)``."""
         mine, theirs = self.to_json(), other.to_json()
         return [
-            f"{name}: {mine[name]!r}, not {theirs[name]!r}" for name in mine if mine[name] != theirs[name]
+            f"{name} (asked for {mine[name]!r}, there {theirs[name]!r})"
+            for name in mine
+            if mine[name] != theirs[name]
         ]
 
 

@@ -177,11 +177,13 @@ def _check_same(folder: Path, recipe: Recipe, data: ImageData) -> None:
     differences = recipe.differences(earlier)
     now = data_facts(data)
     differences += [
-        f"data {name}: {now[name]!r}, not {facts.get(name)!r}" for name in now if now[name] != facts.get(name)
+        f"data {name} (asked for {now[name]!r}, there {facts.get(name)!r})"
+        for name in now
+        if now[name] != facts.get(name)
     ]
     if differences:
         raise ValueError(
-            f"{folder} holds a run of another recipe. Asked for is {'; '.join(differences)}. "
+            f"{folder} holds the run of another recipe, which differs in {', '.join(differences)}. "
             "Give another folder, or the same values to go on with that run."
         )
 
