@@ -32,7 +32,7 @@ class EvaluateArguments:
     ]
     """Folders that batchnorm train wrote."""
     checkpoint: str | None = None
-    """newest, best or a step: evaluate that checkpoint, with fresh population statistics, not the final model."""
+    """newest, best or a step: that checkpoint, with fresh population statistics; else the final model."""
     data_dir: Path | None = None
     """Folder with the data's files, as for batchnorm train."""
 

@@ -43,7 +43,7 @@ class TrainArguments:
     data: str = "digits"
     """Data source: digits (comes with scikit-learn), mnist or fashion-mnist."""
     data_dir: Path | None = None
-    """Folder with the data's files; else what BATCHNORM_DATA names, else a cache that they are downloaded to."""
+    """Folder with the data's files; else the one BATCHNORM_DATA names, else a cache to download to."""
     progress: bool = True
     """Report on standard error: a bar on a terminal, else one line for each evaluation."""
     tensorboard: bool = True

@@ -1,7 +1,8 @@
 """Download a file from the first mirror that has it, whole and with the right checksum."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +53,7 @@ def fetch(name: str, mirrors: Sequence[str], md5: str, folder: Path, *, progress
             url = mirror + name
             try:
                 with _ProgressBar(name, shown=progress) as bar:
-                    download = HTTPDownloader(
-                        progressbar=bar,
-                        chunk_size=1 << 16,
-                        timeout=(CONNECT_TIMEOUT_S, READ_TIMEOUT_S),
-                        # The file itself is gzip: a server must not wrap it once more.
-                        headers={"Accept-Encoding": "identity"},
-                    )
-                    download(url, str(partial), None)
+                    _download(HTTPDownloader, url, partial, bar)
                 found = md5_of(partial)
                 if found != md5:
                     raise ValueError(f"wrong checksum: md5 {found}, published {md5}")
@@ -76,6 +70,24 @@ def fetch(name: str, mirrors: Sequence[str], md5: str, folder: Path, *, progress
         f"{name} could not be downloaded:\n{reasons}\n"
         f"Check the network and try again, or fetch it by other means and put it at {path} (md5 {md5})."
     )
+
+
+def _download(downloader: Callable[..., Any], url: str, path: Path, bar: "_ProgressBar") -> None:
+    with ExitStack() as opened:
+
+        def close_at_the_end(response: Any, *_: Any, **__: Any) -> None:
+            opened.callback(response.close)
+
+        download = downloader(
+            progressbar=bar,
+            chunk_size=1 << 16,
+            timeout=(CONNECT_TIMEOUT_S, READ_TIMEOUT_S),
+            # The file itself is gzip: a server must not wrap it once more.
+            headers={"Accept-Encoding": "identity"},
+            # pooch leaves the connection of a failed download open.
+            hooks={"response": close_at_the_end},
+        )
+        download(url, str(path), None)
 
 
 class _ProgressBar:
