@@ -102,8 +102,8 @@ def normalize_with(
     name = _check(x, weight, bias, eps, activation, residual, mask, channel_dim)
     wide = torch.promote_types(x.dtype, torch.float32)
     rows = _rows(x) if channel_dim == -1 else x
-    mean, var, weight, bias = (t if t is None else t.to(wide) for t in (mean, var, weight, bias))
-    y = F.batch_norm(rows, mean, var, weight, bias, False, 0.0, eps)
+    weight, bias = (t if t is None else t.to(wide) for t in (weight, bias))
+    y = F.batch_norm(rows, mean.to(wide), var.to(wide), weight, bias, False, 0.0, eps)
     return _finish(y.reshape(x.shape), residual, mask, name, channel_dim)
 
 

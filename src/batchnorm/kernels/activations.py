@@ -28,7 +28,7 @@ def _step(z: Tensor) -> Tensor:
 
 
 def _leaky_slope(z: Tensor) -> Tensor:
-    return torch.where(z > 0, 1.0, LEAKY_SLOPE).to(z.dtype)
+    return torch.where(z > 0, torch.ones_like(z), LEAKY_SLOPE)
 
 
 def _elu_slope(z: Tensor) -> Tensor:

@@ -115,15 +115,16 @@ def _remember_backward(ctx, inputs, output):
 
 def _second_gradients(ctx, *grads):
     # The moments are functions of x here: they are taken again, so that their share is counted.
-    dy, x, gamma, beta, residual, mask, *_ = ctx.saved_tensors
+    *saved, mask, _, _, _ = ctx.saved_tensors
     with torch.enable_grad():
-        inputs = [t if t is None else t.detach().requires_grad_() for t in (dy, x, gamma, beta, residual)]
-        moments = Moments.of(inputs[1], mask=mask)
-        outputs = reference.backward(*inputs, mask, moments, ctx.eps, ctx.activation)
-        outputs = tuple(o.to(g.dtype) for o, g in zip(outputs, grads, strict=True))
-    wanted = [t for t in inputs if t is not None]
-    found = iter(torch.autograd.grad(outputs, wanted, grads, allow_unused=True))
-    return *(None if t is None else next(found) for t in inputs), None, None, None, None, None, None
+        saved = [t if t is None else t.detach().requires_grad_() for t in saved]
+        dy, x, gamma, beta, residual = saved
+        moments = Moments.of(x, mask=mask)
+        outputs = reference.backward(dy, x, gamma, beta, residual, mask, moments, ctx.eps, ctx.activation)
+    wide = [grad.to(out.dtype) for grad, out in zip(grads, outputs, strict=True)]
+    wanted = [t for t in saved if t is not None]
+    found = iter(torch.autograd.grad(outputs, wanted, wide, allow_unused=True))
+    return *(None if t is None else next(found) for t in saved), None, None, None, None, None, None
 
 
 normalize_backward.register_autograd(_second_gradients, setup_context=_remember_backward)

@@ -133,6 +133,7 @@ class Normalization(_BatchNorm):
             )
 
     def extra_repr(self) -> str:
+        """What `repr` shows of the layer's settings."""
         extra = super().extra_repr()
         if self.activation is not None:
             extra += f", activation={self.activation!r}"

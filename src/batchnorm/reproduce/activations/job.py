@@ -1,0 +1,141 @@
+"""One job: the networks of one seed, all learning rates, with or without BN."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from batchnorm.data import ImageData, batch_indices, load, to_input
+from batchnorm.models.stack import StackedMLP
+from batchnorm.reproduce.activations.experiment import Activations
+from batchnorm.reproduce.pool import advance
+from batchnorm.statistics import recalibrate
+from batchnorm.train.files import write_bytes
+
+PERCENTILES = (15, 50, 85)
+
+
+@dataclass(frozen=True)
+class History:
+    """What one job measured. K networks (one a rate), E evaluations, L hidden layers, U units."""
+
+    steps: np.ndarray
+    """(E,), training steps done at each evaluation."""
+    accuracy: np.ndarray
+    """(K, E), on the test set, with population statistics."""
+    loss: np.ndarray
+    """(K, E), mean training loss since the evaluation before; NaN at step 0."""
+    percentiles: np.ndarray
+    """(K, E, L, U, 3): the {15, 50, 85}th of each sigmoid's input over the probe examples."""
+    seconds: np.ndarray
+    """(2,): spent in training steps and in evaluations."""
+
+    def save(self, path: Path) -> None:
+        """Write all at once: the file is there whole or not at all."""
+        import io
+
+        buffer = io.BytesIO()
+        np.savez(buffer, **vars(self))
+        write_bytes(path, buffer.getvalue())
+
+    @classmethod
+    def read(cls, path: Path) -> "History":
+        """Read what `save` wrote."""
+        with np.load(path, allow_pickle=False) as arrays:
+            return cls(**arrays)
+
+
+def path_of(experiment: Activations, seed: int, normalize: bool) -> Path:
+    """Where the job keeps its history."""
+    return experiment.out / "jobs" / f"seed-{seed}-{'bn' if normalize else 'plain'}.npz"
+
+
+def run_job(experiment: Activations, seed: int, normalize: bool) -> None:
+    """Train and evaluate, and write the `History`."""
+    data = load(experiment.data, experiment.data_dir, progress=False)
+    train(experiment, data, seed, normalize).save(path_of(experiment, seed, normalize))
+
+
+def train(experiment: Activations, data: ImageData, seed: int, normalize: bool) -> History:
+    """Train one network for each rate, side by side, and look at them on the way."""
+    images = to_input(torch.from_numpy(data.train_images), binarize=True).flatten(1)
+    labels = torch.from_numpy(data.train_labels)
+    rates = torch.tensor(experiment.rates)
+    num_copies = len(rates)
+    net = StackedMLP(
+        num_copies,
+        normalize=normalize,
+        seed=seed,
+        in_features=images.shape[1],
+        classes=len(data.classes),
+        init_std=experiment.init_std,
+    )
+    # Copies share no parameter, so weighting each one's loss by its rate gives each its own SGD.
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    evaluate = _evaluator(experiment, data, images)
+
+    records, seconds = [], np.zeros(2)
+    losses, unreported = torch.zeros(num_copies), 0
+    evaluation_steps = experiment.evaluation_steps
+    clock = time.perf_counter()
+    for step in range(experiment.steps + 1):
+        if step in evaluation_steps:
+            seconds[0] += time.perf_counter() - clock
+            clock = time.perf_counter()
+            records.append((step, *evaluate(net), losses / unreported))
+            advance(unreported * num_copies)
+            losses, unreported = torch.zeros(num_copies), 0
+            seconds[1] += time.perf_counter() - clock
+            clock = time.perf_counter()
+        if step == experiment.steps:
+            break
+        chosen = batch_indices(step, experiment.batch_size, len(labels), seed)
+        loss = _loss(net(images[chosen]), labels[chosen])
+        optimizer.zero_grad()
+        loss.backward(rates)
+        optimizer.step()
+        losses += loss.detach()
+        unreported += 1
+    steps, accuracy, percentiles, mean_loss = zip(*records, strict=True)
+    return History(
+        np.array(steps),
+        torch.stack(accuracy, 1).numpy(),
+        torch.stack(mean_loss, 1).numpy(),
+        np.stack(percentiles, 1),
+        seconds,
+    )
+
+
+def _loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each copy, shape (K,), from logits (N, K, classes)."""
+    num_examples, num_copies, _ = logits.shape
+    each = F.cross_entropy(logits.flatten(0, 1), labels.repeat_interleave(num_copies), reduction="none")
+    return each.view(num_examples, num_copies).mean(0)
+
+
+def _evaluator(experiment: Activations, data: ImageData, images: Tensor):
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    known = images[order[: experiment.statistics_examples]]
+    test = to_input(torch.from_numpy(data.test_images), binarize=True).flatten(1)
+    test_labels = torch.from_numpy(data.test_labels)
+    stride = max(1, len(test) // experiment.probe_examples)
+
+    @torch.no_grad()
+    def evaluate(net: StackedMLP) -> tuple[Tensor, np.ndarray]:
+        """Accuracy of each copy (K,) and percentiles (K, L, U, 3)."""
+        if net.norms:
+            # All of the examples as one batch: its moments are the population's, at every depth.
+            recalibrate(net, [known], method="pooled")
+        net.eval()
+        entering, logits = net.hidden_inputs(test)
+        net.train()
+        accuracy = (logits.argmax(-1) == test_labels[:, None]).double().mean(0)
+        probed = np.stack([layer[::stride].numpy() for layer in entering])  # (L, N, K, U)
+        percentiles = np.percentile(probed, PERCENTILES, axis=1)  # (3, L, K, U)
+        return accuracy, percentiles.transpose(2, 1, 3, 0).astype(np.float32)
+
+    return evaluate

@@ -1,0 +1,67 @@
+"""The whole of it: jobs, summary, pictures and page; goes on where an earlier call stopped."""
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from batchnorm.data import load
+from batchnorm.reproduce.activations.experiment import Activations
+from batchnorm.reproduce.activations.job import History, path_of, run_job
+from batchnorm.reproduce.activations.summary import Histories, summarize
+from batchnorm.reproduce.pool import run_jobs
+from batchnorm.train.files import write_json
+
+
+def run(experiment: Activations) -> dict[str, Any]:
+    """Run what is not yet done and return the summary, which also stands in ``result.json``.
+
+    Raises:
+        ValueError: The folder holds an experiment with other settings.
+        FileNotFoundError, ConnectionError: The data are not to be had.
+        OSError: The folder cannot be written; jobs that were done stay done.
+    """
+    (experiment.out / "jobs").mkdir(parents=True, exist_ok=True)
+    _claim(experiment)
+    # Once here, so that a download or its error comes before any process is started.
+    load(experiment.data, experiment.data_dir)
+    wanted = [(seed, normalize) for seed in range(experiment.seeds) for normalize in (False, True)]
+    missing = [(experiment, *job) for job in wanted if not _is_whole(path_of(experiment, *job))]
+    num_steps = experiment.steps * len(experiment.rates) * len(missing)
+    run_jobs(run_job, missing, num_steps=num_steps, num_processes=experiment.processes, title="activations")
+    plain, bn = (
+        [History.read(path_of(experiment, seed, normalize)) for seed in range(experiment.seeds)]
+        for normalize in (False, True)
+    )
+    summary = summarize(experiment, Histories(plain, bn))
+    write_json(experiment.out / "result.json", summary)
+    return summary
+
+
+def _claim(experiment: Activations) -> None:
+    path = experiment.out / "experiment.json"
+    if not path.exists():
+        write_json(path, experiment.science())
+        return
+    try:
+        found = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path} is not readable ({error}): give another --out, or delete the folder"
+        ) from None
+    differ = [name for name, value in experiment.science().items() if found.get(name) != value]
+    if differ:
+        asked = ", ".join(
+            f"{name} {found.get(name)!r} there, {experiment.science()[name]!r} asked" for name in differ
+        )
+        raise ValueError(
+            f"{experiment.out} holds an experiment with other settings ({asked}): give another --out"
+        )
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        History.read(path)
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, EOFError):
+        return False
+    return True

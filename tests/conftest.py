@@ -1,0 +1,31 @@
+"""What every test can count on: fresh memory holds NaN, results repeat, real data are found or skipped."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _same_world():
+    """A fixed seed, one thread, and uninitialized memory full of NaN, so that reading it shows."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder with MNIST as published: $BATCHNORM_DATA, or shared/data beside the repository."""
+    for folder in (os.environ.get("BATCHNORM_DATA"), ROOT.parent / "shared" / "data"):
+        if folder and (Path(folder) / "mnist").is_dir():
+            return Path(folder)
+    pytest.skip("no MNIST on this machine: set BATCHNORM_DATA to a folder that holds mnist/")

@@ -1,0 +1,108 @@
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batchnorm.moments import Moments
+
+
+def truth(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    flat = x.double().movedim(1, 0).flatten(1)
+    return flat.mean(1), flat.var(1, unbiased=False)
+
+
+@given(
+    cuts=st.lists(st.integers(0, 60), max_size=8),
+    offset=st.sampled_from([0.0, 1.0, -30.0, 1e4, 1e6]),
+    order=st.randoms(use_true_random=False),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_split_merged_in_any_order_gives_the_moments_of_the_whole(cuts, offset, order):
+    x = torch.randn(60, 3, 2, dtype=torch.float64) + offset
+    edges = [0, *sorted(cuts), 60]
+    parts = [Moments.of(x[a:b]) for a, b in itertools.pairwise(edges)]  # some are empty
+    order.shuffle(parts)
+    whole = Moments.merged(parts)
+    mean, var = truth(x - offset)  # exact: the offset is subtracted without rounding
+    assert whole.count == 120
+    torch.testing.assert_close(whole.mean, mean + offset, rtol=1e-15, atol=1e-15)
+    # Each merge knows the distance of two means to a rounding of the offset.
+    torch.testing.assert_close(whole.var, var, rtol=1e-13 + 1e-15 * abs(offset), atol=0)
+
+
+def test_unequal_splits_weigh_by_count_not_by_batch():
+    # peers.md: averaging batches of 64 and 2 equally gave 0.66 where the population has 296.7.
+    x = torch.cat([torch.randn(64, 1), 100 + torch.randn(2, 1)])
+    merged = Moments.of(x[:64]).merge(Moments.of(x[64:]))
+    torch.testing.assert_close(merged.unbiased(), x.var(0), rtol=1e-5, atol=0)
+    assert merged.unbiased().item() > 290
+
+
+def test_variance_survives_a_mean_far_from_zero_in_float32():
+    # E[x²] − E[x]² gives 0 or worse here.
+    x = (1e4 + torch.randn(64, 4, 8, dtype=torch.float64)).float()
+    moments = Moments.of(x)
+    mean, var = truth(x)
+    torch.testing.assert_close(moments.var.double(), var, rtol=1e-6, atol=0)
+    torch.testing.assert_close(moments.mean.double(), mean, rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_moments_are_float32_or_wider(dtype):
+    moments = Moments.of(torch.randn(4, 3, dtype=torch.float64).to(dtype))
+    expected = torch.float64 if dtype == torch.float64 else torch.float32
+    assert moments.mean.dtype == moments.var.dtype == expected
+
+
+def test_features_last_and_mask_agree_with_picking_by_hand():
+    x = torch.randn(4, 5, 3)
+    mask = torch.rand(4, 5) > 0.4
+    moments = Moments.of(x, channel_dim=-1, mask=mask)
+    picked = x[mask]
+    assert moments.count.item() == len(picked)
+    torch.testing.assert_close(moments.mean, picked.mean(0))
+    torch.testing.assert_close(moments.var, picked.var(0, unbiased=False))
+
+
+def test_masked_samples_may_hold_anything():
+    x = torch.randn(4, 3)
+    x[0] = torch.nan
+    moments = Moments.of(x, mask=torch.tensor([False, True, True, True]))
+    torch.testing.assert_close(moments.mean, x[1:].mean(0))
+    torch.testing.assert_close(moments.var, x[1:].var(0, unbiased=False))
+
+
+def test_nothing_has_count_zero_and_changes_no_merge():
+    nothing = Moments.of(torch.empty(0, 3))
+    some = Moments.of(torch.randn(5, 3))
+    for merged in (nothing.merge(some), some.merge(nothing)):
+        assert merged.count == 5
+        torch.testing.assert_close(merged.mean, some.mean, rtol=0, atol=0)
+        torch.testing.assert_close(merged.var, some.var, rtol=0, atol=0)
+    masked = Moments.of(torch.randn(5, 3), mask=torch.zeros(5, dtype=torch.bool))
+    assert masked.count.item() == 0
+    torch.testing.assert_close(masked.merge(some).mean, some.mean)
+
+
+def test_unbiased_of_one_sample_is_not_a_division_by_zero():
+    assert Moments.of(torch.ones(1, 2)).unbiased().tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("mask", "says"),
+    [
+        (torch.ones(4, 3, dtype=torch.bool), r"\(4, 5\).*got \(4, 3\)"),
+        (torch.ones(4, 5), "must be boolean.*torch.float32"),
+    ],
+    ids=["wrong shape", "not boolean"],
+)
+def test_a_mask_that_does_not_fit_is_refused(mask, says):
+    with pytest.raises(ValueError, match=says):
+        Moments.of(torch.randn(4, 3, 5), mask=mask)
+
+
+def test_merging_no_parts_is_refused():
+    with pytest.raises(ValueError, match="at least one part"):
+        Moments.merged([])
