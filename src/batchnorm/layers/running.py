@@ -28,7 +28,8 @@ def commit(
         moments: Of the batch.
         momentum: Weight of the batch; ``None`` averages all batches equally.
     """
-    in_lanes = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    compiling = torch.compiler.is_compiling()
+    in_lanes = not compiling and torch._C._are_functorch_transforms_active()
     if in_lanes:
         moments = _merged_over_lanes(moments, running_mean)
     mean, var, count = moments.mean, moments.unbiased(), moments.count
@@ -36,7 +37,7 @@ def commit(
         return
     # A sum is finite only if all of its terms are.
     probe = mean.sum() + var.sum()
-    if isinstance(count, int) and probe.device.type == "cpu" and not in_lanes and not torch.compiler.is_compiling():
+    if isinstance(count, int) and probe.device.type == "cpu" and not in_lanes and not compiling:
         if not math.isfinite(probe.item()):
             return
         num_batches_tracked += 1
