@@ -1,0 +1,376 @@
+"""Watching: the right numbers, at the right steps, and a training that cannot tell."""
+
+import copy
+import gc
+import json
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from batchnorm.diagnostics import load_histories, watch
+from batchnorm.diagnostics.summary import Samples, drift, summarize
+from batchnorm.layers import BatchNorm1d, BatchNormPerActivation
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Sigmoid(), nn.Dropout(0.3), nn.Linear(8, 3))
+
+
+def batches(num: int, size: int = 20) -> Tensor:
+    return torch.randn(num, size, 6, generator=torch.Generator().manual_seed(4))
+
+
+def train(model: nn.Module, num_steps: int) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for x in batches(num_steps):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+
+def outputs_of(model: nn.Module, name: str, x: Tensor) -> np.ndarray:
+    seen = []
+    handle = model.get_submodule(name).register_forward_hook(lambda m, args, y: seen.append(y.detach()))
+    with torch.no_grad():
+        model(x)
+    handle.remove()
+    return torch.cat(seen).double().numpy()
+
+
+def test_one_record_equals_numpy():
+    model, x = network(), batches(1)[0]
+    recorder = watch(model, every=1)
+    y = outputs_of(model, "1", x)  # in training mode: one recorded step
+    seen = recorder.history["1"]
+    assert recorder.layers == ("1",)
+    assert seen.step.tolist() == [0]
+    np.testing.assert_allclose(seen.mean[0], y.mean(0), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(seen.var[0], y.var(0), rtol=1e-5)
+    np.testing.assert_allclose(seen.percentiles[0], np.percentile(y, [15, 50, 85], axis=0), rtol=1e-6)
+    np.testing.assert_allclose(seen.pooled[0], np.percentile(y, [15, 50, 85]), rtol=1e-6)
+    assert seen.drift.tolist() == [0]
+
+
+def test_drift_is_the_mean_move_of_the_percentiles_in_deviations():
+    model, (a, b) = network(), batches(2)
+    recorder = watch(model, "0", every=1, percentiles=(10, 90))
+    model(a)
+    model(b)
+    first, second = outputs_of(model.eval(), "0", a), outputs_of(model, "0", b)
+    std = np.sqrt((first.var(0) + second.var(0)) / 2)
+    move = np.abs(np.percentile(second, [10, 90], axis=0) - np.percentile(first, [10, 90], axis=0))
+    seen = recorder.history["0"]
+    assert seen.drift[1] == pytest.approx((move / std).mean(), rel=1e-5)
+    assert seen.total_drift == pytest.approx(seen.drift[1])
+
+
+def test_noise_predicts_the_drift_of_a_network_that_stands_still():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 50))
+    with watch(model, "0", every=1) as recorder:
+        for x in batches(40, size=60):
+            model(x)
+    seen = recorder.history["0"]
+    assert seen.noise.mean() == pytest.approx(seen.drift[1:].mean(), rel=0.1)
+
+
+def test_constant_and_non_finite_units_are_left_out_of_drift_and_counted():
+    x = torch.randn(30, 4)
+    y = x + torch.tensor([1.0, 0.0, 5.0, 0.0])
+    for t in (x, y):
+        t[:, 1] = 7.0
+        t[3, 2] = torch.nan
+    first, second = (summarize(Samples.of(t, channel_dim=1, mask=None, max_samples=99), [50]) for t in (x, y))
+    # Unit 0 moves by 1, unit 3 not at all, units 1 and 2 do not count.
+    assert drift(first, second) == pytest.approx(0.5 / x[:, 0].std(correction=0).item(), rel=1e-5)
+    assert second.num_nonfinite == 1
+    assert np.isnan(second.percentiles[0, 2])
+    assert np.isfinite(second.percentiles[0, [0, 1, 3]]).all()
+
+
+LAYOUTS = {
+    "convolution (N, C, H, W)": (nn.Conv2d(3, 5, 3), (4, 3, 9, 7), 1),
+    "linear on (N, L, C)": (nn.Linear(5, 4), (4, 7, 5), -1),
+    "ours, features last": (BatchNorm1d(5, channel_dim=-1), (4, 7, 5), -1),
+    "non-contiguous": (nn.BatchNorm2d(3).to(memory_format=torch.channels_last), (4, 3, 5, 7), 1),
+    "half precision": (nn.Linear(4, 3).bfloat16(), (6, 4), -1),
+}
+
+
+@pytest.mark.parametrize(("layer", "shape", "dim"), LAYOUTS.values(), ids=LAYOUTS)
+def test_units_are_found_in_every_layout(layer, shape, dim):
+    torch.manual_seed(0)
+    model = nn.Sequential(layer)
+    x = (torch.randn(shape) * 3 + 1).to(next(layer.parameters()).dtype)
+    if len(shape) == 4:
+        x = x.to(memory_format=torch.channels_last)
+    with watch(model, "0", every=1, max_samples=10**6) as recorder:
+        y = model(x).detach().double().movedim(dim, -1).flatten(0, -2).numpy()
+    seen = recorder.history["0"]
+    np.testing.assert_allclose(seen.mean[0], y.mean(0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        seen.percentiles[0], np.percentile(y, [15, 50, 85], axis=0), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_per_activation_layers_have_one_unit_for_each_activation():
+    model = nn.Sequential(BatchNormPerActivation((2, 3)))
+    x = torch.randn(9, 2, 3) * 4
+    with watch(model, on="input", every=1) as recorder:
+        model(x)
+    np.testing.assert_allclose(recorder.history["0"].var[0], x.flatten(1).var(0, correction=0), rtol=1e-5)
+
+
+def test_input_of_a_masked_layer_counts_true_places_only():
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = BatchNorm1d(3, channel_dim=-1)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.norm(x, mask=mask)
+
+    torch.manual_seed(0)
+    x, mask = torch.randn(5, 6, 3), torch.rand(5, 6) < 0.5
+    x[~mask] = 1e6
+    model = Masked()
+    with watch(model, on="input", every=1) as recorder:
+        model(x, mask)
+    seen, real = recorder.history["norm"], x[mask].numpy()
+    np.testing.assert_allclose(seen.mean[0], real.mean(0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(seen.percentiles[0, 1], np.median(real, axis=0), rtol=1e-5)
+
+
+def test_percentiles_of_a_subsample_are_close_and_moments_exact():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Identity()), torch.randn(8, 3, 56, 56)
+    x += torch.arange(56) * 0.2  # columns differ: a stride that keeps to some of them would be off
+    with watch(model, "0", every=1, max_samples=512) as recorder:
+        model(x)
+    seen, all_of_it = recorder.history["0"], x.movedim(1, -1).flatten(0, 2).double().numpy()
+    np.testing.assert_allclose(seen.mean[0], all_of_it.mean(0), rtol=1e-5)
+    gap = np.abs(seen.percentiles[0] - np.percentile(all_of_it, [15, 50, 85], axis=0)) / all_of_it.std(0)
+    assert gap.max() < 0.15
+
+
+def test_steps_are_training_mode_forwards_and_every_so_many_are_recorded():
+    model, x = network(), batches(1)[0]
+    recorder = watch(model, every=3)
+    for step in range(7):
+        model.train()(x)
+        if step % 2:
+            model.eval()(x)
+    assert recorder.num_steps == 7
+    assert recorder.history["1"].step.tolist() == [0, 3, 6]
+
+
+def test_during_evaluation_records_only_that():
+    model, x = network(), batches(1)[0]
+    with watch(model, every=1, during="evaluation") as recorder:
+        model(x)
+        for _ in range(3):
+            model.eval()(x)
+    assert recorder.history["1"].step.tolist() == [0, 1, 2]
+    assert recorder.history["1"].total_drift == 0  # the same batch, the same network
+
+
+def test_training_is_bit_identical_with_and_without():
+    plain, watched = network(), network()
+    torch.manual_seed(1)
+    train(plain, 12)
+    random_state = torch.get_rng_state()
+    torch.manual_seed(1)
+    with watch(watched, "*", every=2, max_samples=7):
+        train(watched, 12)
+    assert torch.equal(random_state, torch.get_rng_state())
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, watched.state_dict()[name]), name
+
+
+def test_default_layers_without_batch_normalization_are_what_the_nonlinearities_receive():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(2, 2))
+    assert watch(model).layers == ("0", "3")
+
+
+def test_patterns_and_names():
+    model = nn.Module()
+    model.blocks = nn.ModuleList(network() for _ in range(2))
+    model.head = nn.Linear(3, 2)
+    assert watch(model, ["blocks.*.1", "head"]).layers == ("blocks.0.1", "blocks.1.1", "head")
+    with pytest.raises(ValueError, match=r"matches 'blokcs.1.1'; close: 'blocks.1.1'"):
+        watch(model, ["head", "blokcs.1.1"])
+
+
+def test_a_shared_module_pools_its_calls():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(torch.tanh(self.linear(x)))
+
+    torch.manual_seed(0)
+    model, x = Twice(), torch.randn(10, 4)
+    with watch(model, every=1) as recorder:
+        y = outputs_of(model, "linear", x)
+    assert y.shape == (20, 4)
+    np.testing.assert_allclose(recorder.history["linear"].var[0], y.var(0), rtol=1e-5)
+    np.testing.assert_allclose(recorder.history["linear"].percentiles[0, 1], np.median(y, axis=0), rtol=1e-5)
+
+
+def test_copies_are_not_recorded_and_close_removes_every_hook():
+    model, x = network(), batches(1)[0]
+    recorder = watch(model, every=1)
+    twin = copy.deepcopy(model)
+    twin(x)
+    assert recorder.num_steps == 0
+    model(x)
+    recorder.close()
+    recorder.close()
+    model(x)
+    assert len(recorder.history["1"].step) == 1
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_forward_that_raises_leaves_no_record():
+    model = network()
+    with watch(model, every=1) as recorder:
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            nn.Module.__call__(model, torch.randn(4, 5))
+        model[4] = nn.Linear(9, 3)  # raises after the watched layer has been seen
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            model(batches(1)[0])
+        model[1](torch.randn(5, 8))  # on its own, outside a step
+        model[4] = nn.Linear(8, 3)
+        model(batches(1)[0])
+    assert recorder.history["1"].step.tolist() == [2]
+
+
+def test_recomputation_under_checkpointing_is_not_a_second_call():
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(6, 8), nn.Tanh())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.body, x, use_reentrant=False)
+
+    model, x = Checkpointed(), batches(1)[0]
+    with watch(model, every=1) as recorder:
+        model(x).square().mean().backward()
+    seen = recorder.history["body.0"]
+    assert len(seen.step) == 1
+    assert recorder._open is None
+
+
+def test_no_activation_and_no_graph_is_kept_alive():
+    model = network()
+    recorder = watch(model, "*", every=1)
+    alive = []
+    model[1].register_forward_hook(lambda m, args, y: alive.append(weakref.ref(y)))
+    model(batches(1)[0]).sum().backward()
+    gc.collect()
+    assert alive[0]() is None
+    assert len(recorder.history) == 6
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None  # the recorder does not keep the model either
+
+
+def test_kept_units_are_spread_and_drift_still_counts_all():
+    torch.manual_seed(0)
+    model, (a, b) = nn.Sequential(nn.Linear(6, 100)), batches(2)
+    with watch(model, every=1, keep_units=4) as few, watch(model, every=1, keep_units=None) as every_one:
+        model(a)
+        model(b)
+    assert few.history["0"].units.tolist() == [0, 25, 50, 75]
+    np.testing.assert_array_equal(few.history["0"].mean, every_one.history["0"].mean[:, [0, 25, 50, 75]])
+    np.testing.assert_array_equal(few.history["0"].drift, every_one.history["0"].drift)
+
+
+@pytest.mark.parametrize("suffix", [".json", ".npz"])
+def test_saved_histories_load_as_they_were(tmp_path, suffix):
+    model = network()
+    with watch(model, ["1", "4"], every=2) as recorder:
+        train(model, 5)
+    path = recorder.save(tmp_path / f"seen{suffix}")
+    loaded = load_histories(path)
+    for name, layer in recorder.history.items():
+        for field, values in vars(layer).items():
+            np.testing.assert_array_equal(getattr(loaded[name], field), values, err_msg=f"{name} {field}")
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_json_holds_null_for_nan(tmp_path):
+    model = nn.Sequential(nn.Identity())
+    with watch(model, "0", every=1) as recorder:
+        model(torch.tensor([[torch.nan, 1.0], [2.0, 3.0]]))
+    path = recorder.save(tmp_path / "seen.json")
+    assert json.loads(path.read_text())["0"]["mean"] == [[None, 2.0]]
+    assert np.isnan(load_histories(path)["0"].mean[0, 0])
+
+
+def test_saving_and_loading_errors(tmp_path):
+    recorder = watch(network())
+    with pytest.raises(ValueError, match=r"saved as .json or .npz, got 'seen.csv'"):
+        recorder.save(tmp_path / "seen.csv")
+    with pytest.raises(FileNotFoundError, match="cannot save the history"):
+        recorder.save(tmp_path / "missing" / "seen.json")
+    with pytest.raises(FileNotFoundError):
+        load_histories(tmp_path / "nothing.npz")
+    (tmp_path / "other.json").write_text('{"a": {"b": [1]}}')
+    with pytest.raises(ValueError, match="does not hold histories"):
+        load_histories(tmp_path / "other.json")
+
+
+def test_table_shows_every_layer():
+    model = network()
+    model.add_module("unused", nn.ModuleList([nn.Linear(2, 2)]))
+    recorder = watch(model, ["1", "unused.0"], every=2)
+    with pytest.raises(NotImplementedError):
+        model(batches(1)[0])  # a ModuleList cannot be called
+    del model[5]
+    train(model, 4)
+    lines = recorder.table().splitlines()
+    assert "drift/record" in lines[0]
+    assert lines[2].split()[:3] == ["1", "2", "4"]
+    assert lines[3].split()[:3] == ["unused.0", "0", "-"]
+    assert len({len(line) for line in lines}) == 1
+
+
+BAD = {
+    "every": ({"every": 0}, "every must be at least 1"),
+    "max_samples": ({"max_samples": 1}, "max_samples at least 2"),
+    "keep_units": ({"keep_units": 0}, "keep_units must be at least 1"),
+    "no percentiles": ({"percentiles": ()}, "levels from 0 to 100"),
+    "percentiles as fractions are fine, 120 is not": ({"percentiles": (50, 120)}, "levels from 0 to 100"),
+    "on": ({"on": "weights"}, '"output" or "input", got \'weights\''),
+    "during": ({"during": "test"}, "got 'test'"),
+    "channel_dim": ({"channel_dim": 2}, "channel_dim must be 1, -1 or None, got 2"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), BAD.values(), ids=BAD)
+def test_bad_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        watch(network(), **options)
+
+
+def test_models_that_cannot_be_watched():
+    with pytest.raises(ValueError, match="or convolution to watch by default"):
+        watch(nn.Sequential(nn.ReLU()))
+    with pytest.raises(ValueError, match="is compiled"):
+        watch(torch.compile(network(), backend="eager"))
+    model = nn.Sequential(nn.Embedding(5, 3))
+    with (
+        watch(model, "0", on="input", every=1),
+        pytest.raises(TypeError, match=r"'0' has a tensor of torch\.int64"),
+    ):
+        model(torch.tensor([[1, 2]]))
