@@ -1,0 +1,18 @@
+"""Operations on whole models: a model in, a new model and a report out."""
+
+from batchnorm.surgery.fold import FoldProof, fold
+from batchnorm.surgery.freeze import freeze, thaw
+from batchnorm.surgery.insert import insert
+from batchnorm.surgery.outcome import Change, Note, Refusal, SurgeryReport
+
+__all__ = [
+    "Change",
+    "FoldProof",
+    "Note",
+    "Refusal",
+    "SurgeryReport",
+    "fold",
+    "freeze",
+    "insert",
+    "thaw",
+]

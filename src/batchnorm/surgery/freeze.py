@@ -1,0 +1,117 @@
+"""Normalization layers held at their running statistics, whatever mode the model is in."""
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchnorm.layers import Normalization, adopt
+from batchnorm.surgery import patterns
+from batchnorm.surgery.outcome import Change, Refusal, SurgeryReport
+
+_BEFORE = "_before_freeze"
+
+
+def freeze(
+    model: nn.Module,
+    only: patterns.Patterns = None,
+    except_: patterns.Patterns = None,
+    *,
+    affine: bool = False,
+) -> SurgeryReport:
+    """Let batch normalization use its running statistics, and never move them, also in training mode.
+
+    Works in place, and lasts through ``model.train()``, copies and state dicts of the layers. A
+    plain `torch.nn` layer first becomes ours in place: same object, parameters and state dict.
+
+    Args:
+        model: Changed in place.
+        only: Glob patterns; only layers whose path matches one are frozen.
+        except_: Glob patterns; layers whose path matches one are not.
+        affine: Stop γ and β too (``requires_grad`` off).
+
+    Returns:
+        What was frozen, and each layer that was not with the reason.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: A pattern matches no batch normalization.
+    """
+    _check(model, "freeze")
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    only, except_ = patterns.as_list(only), patterns.as_list(except_)
+    patterns.check([*only, *except_], layers, "batch normalization")
+    changes: list[Change] = []
+    refusals: list[Refusal] = []
+    for path, layer in layers.items():
+        reason = patterns.excluded({path}, only, except_) or _obstacle(layer)
+        if reason:
+            refusals.append(Refusal(path, reason))
+            continue
+        changes.append(Change(path, _freeze_layer(layer, affine)))
+    return SurgeryReport(tuple(changes), tuple(refusals))
+
+
+def thaw(model: nn.Module) -> SurgeryReport:
+    """Undo `freeze` in place: statistics move again in training, γ and β learn if they did before.
+
+    Args:
+        model: Changed in place.
+
+    Returns:
+        What was thawed.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    _check(model, "thaw")
+    changes = []
+    for path, layer in model.named_modules():
+        if isinstance(layer, Normalization) and layer.frozen:
+            changes.append(Change(path, _thaw_layer(layer)))
+    return SurgeryReport(tuple(changes))
+
+
+def _check(model: nn.Module, task: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{task} needs a torch.nn.Module, got {type(model).__name__}")
+
+
+def _obstacle(layer: nn.Module) -> str:
+    if layer.running_mean is None or layer.running_var is None:
+        return "it keeps no running statistics to be frozen at"
+    if not isinstance(layer, Normalization) and type(layer) not in (
+        nn.BatchNorm1d,
+        nn.BatchNorm2d,
+        nn.BatchNorm3d,
+    ):
+        return f"{type(layer).__name__} is neither torch's BatchNorm nor ours; replace it first"
+    return ""
+
+
+def _freeze_layer(layer: nn.Module, affine: bool) -> str:
+    learned = {name: p.requires_grad for name, p in layer.named_parameters(recurse=False)}
+    memory = (type(layer), {name: buffer.dtype for name, buffer in layer.named_buffers()}, learned)
+    ours = adopt(layer)
+    # A second freeze must not take what the first one left for the original.
+    if not ours.frozen or _BEFORE not in ours.__dict__:
+        ours.__dict__[_BEFORE] = memory
+    ours.frozen = True
+    stopped = [name for name, p in ours.named_parameters(recurse=False) if affine and p.requires_grad]
+    for name in stopped:
+        getattr(ours, name).requires_grad_(False)
+    return "frozen at its running statistics" + (f"; {' and '.join(stopped)} stopped too" if stopped else "")
+
+
+def _thaw_layer(layer: Normalization) -> str:
+    layer.frozen = False
+    if _BEFORE not in layer.__dict__:
+        return "thawed"
+    was, dtypes, learned = layer.__dict__.pop(_BEFORE)
+    for name, requires_grad in learned.items():
+        getattr(layer, name).requires_grad_(requires_grad)
+    if not issubclass(was, Normalization):
+        for name in ("activation", "channel_dim", "frozen"):
+            del layer.__dict__[name]
+        layer.__class__ = was
+        for name, dtype in dtypes.items():
+            layer._buffers[name] = layer._buffers[name].to(dtype)
+    return "thawed"

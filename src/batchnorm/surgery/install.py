@@ -1,0 +1,200 @@
+"""Normalizations put where they belong, with as little of the user's model changed as can be."""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from torch.fx import Node, Proxy
+
+from batchnorm.surgery.graph import Call, Trace, Untraceable, join
+from batchnorm.surgery.places import Place
+from batchnorm.surgery.rewrite import graph_for_both_modes, install, put, relative
+
+
+@dataclass(eq=False)
+class Site:
+    """A place, and the layer that goes there.
+
+    Attributes:
+        trace: In which the place was found.
+        place: Where.
+        layer: Not yet in the model.
+        nonlinearity: The step for whose sake it goes there.
+        path: Of the layer in the model, once it is there.
+        reason: Why it could not be put there.
+    """
+
+    trace: Trace
+    place: Place
+    layer: nn.Module
+    nonlinearity: Node
+    path: str = ""
+    reason: str = ""
+
+
+def put_all(model: nn.Module, sites: Sequence[Site], own: tuple[type, ...]) -> dict[str, str]:
+    """Put every layer in; each site gets its ``path`` or its ``reason``.
+
+    Tried in this order: a new child of a plain ``nn.Sequential`` that runs once; the neighbouring
+    module, where it runs once, inside a small ``nn.Sequential``; the forward of the innermost
+    module around that runs once, rewritten from its graph.
+
+    Args:
+        model: Changed in place; of the same structure as the traced one.
+        sites: In the order of the forward pass.
+        own: Classes of the user's that are one step.
+
+    Returns:
+        The modules with a rewritten forward, each with a remark.
+    """
+    additions: dict[Call, list[tuple[int, Site]]] = {}
+    rewritten: dict[Call, list[Site]] = {}
+    for site in sites:
+        for call in _neighbours(site):
+            if _is_sequential(site.trace, call.parent):
+                additions.setdefault(call.parent, []).append((call.position, site))
+                break
+            if _can_be_wrapped(model, site.trace, call):
+                _wrap(model, call, site)
+                break
+        else:
+            rewritten.setdefault(_innermost_single(site), []).append(site)
+    for parent, positioned in additions.items():
+        _add_children(model.get_submodule(parent.path), parent.path, positioned)
+    remarks = {}
+    for call, inside in rewritten.items():
+        remark = _rewrite(model, call, inside, own)
+        if remark:
+            remarks[call.path] = remark
+    return remarks
+
+
+def _caller(site: Site) -> Call:
+    """The innermost call whose forward makes all steps of the site."""
+    place = site.place
+    chains = []
+    for node in (place.producer,) if place.after else place.consumers:
+        chain = node.meta["call"].chain()
+        chains.append(chain[1:] if node.op == "call_module" else chain)
+    return next(call for call in chains[0] if all(call in chain for chain in chains))
+
+
+def _neighbours(site: Site) -> Iterator[Call]:
+    """Calls of one tensor before (or after) which the layer could go without changing what it does.
+
+    The nonlinearity itself, if it is a module; then the modules around it, as long as it is the
+    first (or last) thing in them: a SiLU written by hand is better left alone inside.
+    """
+    place = site.place
+    steps = (place.producer,) if place.after else place.consumers
+    start = steps[0].meta["call"] if len(steps) == 1 else _caller(site)
+    for call in start.chain():
+        if call.parent is None:
+            return
+        if place.after:
+            inside = [user for user in place.producer.users if call in user.meta["call"].chain()]
+            if isinstance(call.result, Proxy) and call.result.node is place.producer and not inside:
+                yield call
+        elif call not in place.producer.meta["call"].chain():
+            inside = [user for user in place.producer.users if call in user.meta["call"].chain()]
+            alone = len(call.args) == 1 and not call.kwargs and isinstance(call.args[0], Proxy)
+            if alone and call.args[0].node is place.producer and set(inside) <= set(place.consumers):
+                yield call
+
+
+def _is_sequential(trace: Trace, call: Call) -> bool:
+    module = call.module
+    is_plain = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+    return is_plain and trace.times(call.path) == 1
+
+
+def _can_be_wrapped(model: nn.Module, trace: Trace, call: Call) -> bool:
+    """Whether a module can go inside a Sequential: not if that renamed entries of the state dict."""
+    module = model.get_submodule(call.path)
+    stateless = not any(True for _ in module.parameters()) and not any(True for _ in module.buffers())
+    registered = sum(m is module for _, m in model.named_modules(remove_duplicate=False))
+    return stateless and registered == 1 and trace.times(call.path) == 1
+
+
+def _wrap(model: nn.Module, call: Call, site: Site) -> None:
+    parent_path, _, name = call.path.rpartition(".")
+    parent = model.get_submodule(parent_path)
+    module = model.get_submodule(call.path)
+    is_activation = site.nonlinearity.meta["call"] is call or site.place.because == ""
+    pair = [("bn", site.layer), ("act" if is_activation else "then", module)]
+    wrapped = nn.Sequential(OrderedDict(reversed(pair) if site.place.after else pair))
+    wrapped.training = module.training
+    site.layer.train(module.training)
+    setattr(parent, name, wrapped)
+    site.path = f"{call.path}.bn"
+
+
+def _add_children(sequential: nn.Module, path: str, positioned: Sequence[tuple[int, Site]]) -> None:
+    children: list[tuple[str, nn.Module]] = []
+    for position, (name, child) in enumerate(list(sequential._modules.items())):
+        here = [site for p, site in positioned if p == position]
+        new = {site: _free(f"{name}_bn", {*sequential._modules, *(n for n, _ in children)}) for site in here}
+        children += [(new[site], site.layer) for site in here if not site.place.after]
+        children.append((name, child))
+        children += [(new[site], site.layer) for site in here if site.place.after]
+        for site in here:
+            site.path = join(path, new[site])
+            site.layer.train(sequential.training)
+    sequential._modules.clear()
+    for name, child in children:
+        sequential.add_module(name, child)
+
+
+def _free(name: str, taken: set[str]) -> str:
+    names = [name, *(f"{name}_{i}" for i in range(2, len(taken) + 3))]
+    return next(n for n in names if n not in taken)
+
+
+def _innermost_single(site: Site) -> Call:
+    return next(
+        call for call in _caller(site).chain() if call.parent is None or site.trace.times(call.path) == 1
+    )
+
+
+def _rewrite(model: nn.Module, call: Call, sites: Sequence[Site], own: tuple[type, ...]) -> str:
+    whole = sites[0].trace
+    try:
+        piece = graph_for_both_modes(whole, call, [site.place for site in sites], own)
+    except (ValueError, Untraceable) as why:
+        for site in sites:
+            site.reason = f"the forward of {call.path or 'the model'} would have to be rewritten, but {why}"
+        return ""
+    module = model.get_submodule(call.path)
+    for site in sites:
+        name = _free(_name(site, call), {*dir(module), *module._modules})
+        module.add_module(name, site.layer)
+        site.layer.train(module.training)
+        put(piece, call, site.place, name)
+        site.path = join(call.path, name)
+    methods = _methods(type(module))
+    install(module, piece.graph)
+    name = type(module).__name__
+    remark = f"the forward of {name} now runs a traced graph; class, attributes and methods are kept"
+    return remark + (
+        f", but {', '.join(methods)} of its own know nothing of the new layers" if methods else ""
+    )
+
+
+def _name(site: Site, outer: Call) -> str:
+    affine: Node = site.place.affine
+    inside = outer in affine.meta["call"].chain()
+    if affine.op == "call_module" and inside:
+        base = relative(affine.meta["call"].path, outer.path)
+    elif site.nonlinearity.op == "call_module":
+        base = relative(site.nonlinearity.meta["call"].path, outer.path)
+    else:
+        base = site.nonlinearity.name.rstrip("_0123456789")
+    return base.replace(".", "_") + "_bn"
+
+
+def _methods(cls: type) -> list[str]:
+    """Public methods that the user's classes define beside ``forward``."""
+    classes = [c for c in cls.__mro__ if not c.__module__.startswith("torch.") and c is not object]
+    names = {name for c in classes for name, value in vars(c).items() if callable(value)}
+    return sorted(name for name in names if not name.startswith("_") and name != "forward")
