@@ -4,8 +4,11 @@ Source: Ioffe & Szegedy (2015), arXiv 1502.03167.
 """
 
 from batchnorm import functional
+from batchnorm.diagnostics import watch
 from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormPerActivation
 from batchnorm.moments import Moments
+from batchnorm.statistics import recalibrate
+from batchnorm.surgery import fold, freeze, insert, thaw
 
 __version__ = "0.1.0"
 
@@ -15,5 +18,11 @@ __all__ = [
     "BatchNorm3d",
     "BatchNormPerActivation",
     "Moments",
+    "fold",
+    "freeze",
     "functional",
+    "insert",
+    "recalibrate",
+    "thaw",
+    "watch",
 ]

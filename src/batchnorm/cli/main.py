@@ -16,6 +16,7 @@ COMMANDS = {
         "batchnorm.cli.evaluate",
         "top-1 and top-5 accuracy of one run, or of several as an ensemble",
     ),
+    "reproduce": ("batchnorm.cli.reproduce", "the paper's claims as experiments, ours beside its figures"),
 }
 """Subcommand to the module that has it and a line about it. The module has ``run(argv: list[str]) -> None``
 and is imported only when its command is called, so that ``--help`` does not wait for the others."""
@@ -41,6 +42,7 @@ EXAMPLES = """\
 examples:
   batchnorm train bn-mlp --data digits --steps 2000 --out runs/first
   batchnorm evaluate runs/first
+  batchnorm reproduce activations --steps 5000 --seeds 2
   batchnorm train --help
 
 exit status: 0 done, 2 an error (one message; --debug shows where it came from),

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from batchnorm.layers import BatchNorm1d
@@ -78,3 +79,17 @@ class StackedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits of every copy, shape (N, K, classes), for ``x`` of shape (N, in_features)."""
         return self.hidden_inputs(x)[1]
+
+    def losses(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy of every copy, shape (K,).
+
+        Copies share no parameter, so ``losses(x, labels).backward(rates)`` followed by a step of SGD
+        at rate 1 trains each copy at its own rate.
+
+        Args:
+            x: Shape (N, in_features).
+            labels: Class indices, shape (N,).
+        """
+        logits = self(x).flatten(0, 1)
+        each = F.cross_entropy(logits, labels.repeat_interleave(self.num_copies), reduction="none")
+        return each.view(len(x), self.num_copies).mean(0)

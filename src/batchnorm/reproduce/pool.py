@@ -68,7 +68,7 @@ def run_jobs(
         TimeRemainingColumn(elapsed_when_finished=False),
     )
     with (
-        context.Pool(num_processes, initializer=_begin, initargs=(counter,), maxtasksperchild=1) as pool,
+        context.Pool(num_processes, initializer=_begin, initargs=(counter,)) as pool,
         Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar,
     ):
         task = bar.add_task(title, total=num_steps, rate="0")

@@ -1,12 +1,13 @@
 """One job: the networks of one seed, all learning rates, with or without BN."""
 
+import io
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from batchnorm.data import ImageData, batch_indices, load, to_input
@@ -36,8 +37,6 @@ class History:
 
     def save(self, path: Path) -> None:
         """Write all at once: the file is there whole or not at all."""
-        import io
-
         buffer = io.BytesIO()
         np.savez(buffer, **vars(self))
         write_bytes(path, buffer.getvalue())
@@ -45,7 +44,7 @@ class History:
     @classmethod
     def read(cls, path: Path) -> "History":
         """Read what `save` wrote."""
-        with np.load(path, allow_pickle=False) as arrays:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
             return cls(**arrays)
 
 
@@ -61,7 +60,7 @@ def run_job(experiment: Activations, seed: int, normalize: bool) -> None:
 
 
 def train(experiment: Activations, data: ImageData, seed: int, normalize: bool) -> History:
-    """Train one network for each rate, side by side, and look at them on the way."""
+    """Train one network for each rate, side by side, and evaluate all of them on the way."""
     images = to_input(torch.from_numpy(data.train_images), binarize=True).flatten(1)
     labels = torch.from_numpy(data.train_labels)
     rates = torch.tensor(experiment.rates)
@@ -74,7 +73,6 @@ def train(experiment: Activations, data: ImageData, seed: int, normalize: bool) 
         classes=len(data.classes),
         init_std=experiment.init_std,
     )
-    # Copies share no parameter, so weighting each one's loss by its rate gives each its own SGD.
     optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
     evaluate = _evaluator(experiment, data, images)
 
@@ -94,7 +92,7 @@ def train(experiment: Activations, data: ImageData, seed: int, normalize: bool) 
         if step == experiment.steps:
             break
         chosen = batch_indices(step, experiment.batch_size, len(labels), seed)
-        loss = _loss(net(images[chosen]), labels[chosen])
+        loss = net.losses(images[chosen], labels[chosen])
         optimizer.zero_grad()
         loss.backward(rates)
         optimizer.step()
@@ -110,14 +108,9 @@ def train(experiment: Activations, data: ImageData, seed: int, normalize: bool) 
     )
 
 
-def _loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of each copy, shape (K,), from logits (N, K, classes)."""
-    num_examples, num_copies, _ = logits.shape
-    each = F.cross_entropy(logits.flatten(0, 1), labels.repeat_interleave(num_copies), reduction="none")
-    return each.view(num_examples, num_copies).mean(0)
-
-
-def _evaluator(experiment: Activations, data: ImageData, images: Tensor):
+def _evaluator(
+    experiment: Activations, data: ImageData, images: Tensor
+) -> Callable[[StackedMLP], tuple[Tensor, np.ndarray]]:
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     known = images[order[: experiment.statistics_examples]]
     test = to_input(torch.from_numpy(data.test_images), binarize=True).flatten(1)

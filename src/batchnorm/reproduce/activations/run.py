@@ -13,7 +13,7 @@ from batchnorm.reproduce.pool import run_jobs
 from batchnorm.train.files import write_json
 
 
-def run(experiment: Activations) -> dict[str, Any]:
+def run_experiment(experiment: Activations) -> dict[str, Any]:
     """Run what is not yet done and return the summary, which also stands in ``result.json``.
 
     Raises:

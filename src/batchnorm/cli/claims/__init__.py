@@ -1,0 +1,1 @@
+"""One claim of the paper each: flags in, table out."""

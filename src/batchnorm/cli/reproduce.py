@@ -1,0 +1,41 @@
+"""``batchnorm reproduce``: the paper's claims as experiments."""
+
+import argparse
+import importlib
+
+CLAIMS = {
+    "activations": (
+        "batchnorm.cli.claims.activations",
+        "section 4.1, figure 1: accuracy and activations over training, with and without BN",
+    ),
+}
+"""Claim to the module that shows it and a line about it; imported only when its claim is called."""
+
+DESCRIPTION = """\
+Run an experiment of the paper and put our figures beside its own: numbers as JSON, pictures as
+PNG, and a page, report.html, that opens offline. An experiment that was stopped goes on.
+
+claims:
+"""
+
+EXAMPLES = """\
+examples:
+  batchnorm reproduce activations --steps 5000 --seeds 2
+  batchnorm reproduce activations --data mnist --out results/activations
+  batchnorm reproduce activations --help
+"""
+
+
+def run(argv: list[str]) -> None:
+    """Find the claim and hand it the rest of ``argv``."""
+    parser = argparse.ArgumentParser(
+        prog="batchnorm reproduce",
+        description=DESCRIPTION + "\n".join(f"  {name:12} {about}" for name, (_, about) in CLAIMS.items()),
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "claim", choices=CLAIMS, metavar="CLAIM", help="one of the above; it has its own --help"
+    )
+    claim = parser.parse_args(argv[:1]).claim
+    importlib.import_module(CLAIMS[claim][0]).run(argv[1:])
