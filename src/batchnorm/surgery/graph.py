@@ -71,6 +71,7 @@ class Trace:
             ``device`` of its value.
         calls: In the order in which they began; the first is that of ``root``.
         hooks: Paths of the modules with forward hooks, which the trace leaves out.
+        attributes: Paths of the plain attributes that the followed forwards read.
     """
 
     root: nn.Module
@@ -78,6 +79,7 @@ class Trace:
     graph: fx.Graph
     calls: list[Call]
     hooks: frozenset[str]
+    attributes: frozenset[str]
 
     def __post_init__(self) -> None:
         self._times = Counter(call.path for call in self.calls)

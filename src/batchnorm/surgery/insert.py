@@ -1,7 +1,7 @@
 """Batch normalization put into a network that has none: Algorithm 2, lines 1 to 5."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from batchnorm.surgery.models import (
     copied,
     depth_of,
     largest_difference,
+    learning,
     roundoff_of,
     widened,
 )
@@ -82,7 +83,7 @@ def insert(
     args = as_args(example)
     before_kinds, after_kinds, own = _choices(before, after)
     check_example(model, args)
-    found, refusals = traces(model, args, own)
+    found, refusals, called = traces(model, args, own)
     only, except_ = patterns.as_list(only), patterns.as_list(except_)
     sites: list[Site] = []
     seen: set[str] = set()
@@ -91,7 +92,7 @@ def insert(
         sites += new_sites
         refusals += left
     patterns.check([*only, *except_], seen, "nonlinearity, caller of one or affine layer before one")
-    refusals += _unreached(model, found, before_kinds | after_kinds, own)
+    refusals += _unreached(model, found, called, before_kinds | after_kinds, own)
 
     new = copied(model)
     remarks = put_all(new, sites, own)
@@ -206,11 +207,8 @@ def _change(site: Site) -> Change:
     layer = site.layer
     last = ", channel_dim=-1" if layer.channel_dim == -1 else ""
     kind = f"{type(layer).__name__}({layer.num_features}{last})"
-    side = "after" if place.after else "before"
-    reason = f", {place.because}" if place.because else ""
-    return Change(
-        site.path, f"{kind} on {describe(place.affine)}, {side} {describe(site.nonlinearity)}{reason}"
-    )
+    side = f"{place.because}, for" if place.because else "after" if place.after else "before"
+    return Change(site.path, f"{kind} on {describe(place.affine)}, {side} {describe(site.nonlinearity)}")
 
 
 def _single(site: Site) -> str:
@@ -221,22 +219,31 @@ def _single(site: Site) -> str:
 
 
 def _unreached(
-    model: nn.Module, found: Sequence[Trace], kinds: frozenset[str], own: tuple[type, ...]
+    model: nn.Module,
+    found: Sequence[Trace],
+    called: Collection[str],
+    kinds: frozenset[str],
+    own: tuple[type, ...],
 ) -> list[Refusal]:
-    reached = {call.path for trace in found for call in trace.calls}
+    """Nonlinearities, and layers of torch's with some inside, that no trace shows."""
+    traced = {call.path for trace in found for call in trace.calls}
     refusals = []
+    whole: list[str] = []
     for path, module in model.named_modules():
-        if isinstance(module, _WHOLE) and path in reached:
+        if any(path.startswith(f"{outer}.") for outer in whole):
+            continue
+        if isinstance(module, _WHOLE):
+            whole.append(path)
             refusals.append(
                 Refusal(path, f"nn.{type(module).__name__} is one layer of torch's and is left whole")
             )
-        elif nonlinearities.kind_of_module(module, own) in kinds and path not in reached:
-            inside_whole = any(
-                isinstance(model.get_submodule(path.rsplit(".", i)[0]), _WHOLE)
-                for i in range(1, path.count(".") + 1)
+        elif nonlinearities.kind_of_module(module, own) in kinds and path not in traced:
+            seen = (
+                "it runs inside a forward that cannot be traced"
+                if path in called
+                else "the example does not reach it"
             )
-            if not inside_whole:
-                refusals.append(Refusal(path, "no call of it is seen when the example runs"))
+            refusals.append(Refusal(path, seen))
     return refusals
 
 
@@ -266,5 +273,14 @@ def _prove(
             f"with its new layers set to the identity the model differs from the original by {miss:.1e} of "
             f"its largest output, so something in its forward was not understood; narrow the change down "
             f"with only= or except_=, and please report the model"
+        )
+    # Contexts such as torch.no_grad() leave no mark in a traced graph, nor in the outputs.
+    taught, teaches = learning(old, old_args), learning(candidate, old_args)
+    kept = {name for name, _ in old.named_parameters()} & {name for name, _ in candidate.named_parameters()}
+    odd = (taught ^ teaches) & kept
+    if odd:
+        raise RuntimeError(
+            f"with its new layers the model learns other parameters than before ({', '.join(sorted(odd))}): "
+            f"a rewritten forward has lost a torch.no_grad() or the like; leave it alone with except_="
         )
     return miss

@@ -1,7 +1,7 @@
 """Normalizations put where they belong, with as little of the user's model changed as can be."""
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -10,6 +10,7 @@ from torch.fx import Node, Proxy
 from batchnorm.surgery.graph import Call, Trace, Untraceable, join
 from batchnorm.surgery.places import Place
 from batchnorm.surgery.rewrite import graph_for_both_modes, install, put, relative
+from batchnorm.surgery.roles import uses_of
 
 
 @dataclass(eq=False)
@@ -33,6 +34,16 @@ class Site:
     reason: str = ""
 
 
+@dataclass(frozen=True)
+class _Addition:
+    """A new child of a Sequential, at its ``position``-th child."""
+
+    sequential: Call
+    position: int
+    behind: bool
+    site: Site
+
+
 def put_all(model: nn.Module, sites: Sequence[Site], own: tuple[type, ...]) -> dict[str, str]:
     """Put every layer in; each site gets its ``path`` or its ``reason``.
 
@@ -48,26 +59,39 @@ def put_all(model: nn.Module, sites: Sequence[Site], own: tuple[type, ...]) -> d
     Returns:
         The modules with a rewritten forward, each with a remark.
     """
-    additions: dict[Call, list[tuple[int, Site]]] = {}
+    additions: dict[Call, list[_Addition]] = {}
     rewritten: dict[Call, list[Site]] = {}
     for site in sites:
-        for call in _neighbours(site):
-            if _is_sequential(site.trace, call.parent):
-                additions.setdefault(call.parent, []).append((call.position, site))
-                break
-            if _can_be_wrapped(model, site.trace, call):
-                _wrap(model, call, site)
-                break
+        addition = _addition(site)
+        if addition is not None:
+            additions.setdefault(addition.sequential, []).append(addition)
+            continue
+        wrapped = next((c for c in _neighbours(site) if _can_be_wrapped(model, site.trace, c)), None)
+        if wrapped is not None:
+            _wrap(model, wrapped, site)
         else:
             rewritten.setdefault(_innermost_single(site), []).append(site)
-    for parent, positioned in additions.items():
-        _add_children(model.get_submodule(parent.path), parent.path, positioned)
+    for parent, wanted in additions.items():
+        _add_children(model.get_submodule(parent.path), parent.path, wanted)
     remarks = {}
     for call, inside in rewritten.items():
         remark = _rewrite(model, call, inside, own)
         if remark:
             remarks[call.path] = remark
     return remarks
+
+
+def _addition(site: Site) -> _Addition | None:
+    """The Sequential in which the layer can go beside the nonlinearity, or behind what is normalized."""
+    for call in _neighbours(site):
+        if call.parent is not None and _is_sequential(site.trace, call.parent):
+            return _Addition(call.parent, call.position, site.place.after, site)
+    producer = site.place.producer
+    call = producer.meta["call"]
+    alone = producer.op == "call_module" and set(uses_of(producer)) <= set(site.place.consumers)
+    if alone and call.parent is not None and _is_sequential(site.trace, call.parent):
+        return _Addition(call.parent, call.position, True, site)
+    return None
 
 
 def _caller(site: Site) -> Call:
@@ -121,8 +145,8 @@ def _wrap(model: nn.Module, call: Call, site: Site) -> None:
     parent_path, _, name = call.path.rpartition(".")
     parent = model.get_submodule(parent_path)
     module = model.get_submodule(call.path)
-    is_activation = site.nonlinearity.meta["call"] is call or site.place.because == ""
-    pair = [("bn", site.layer), ("act" if is_activation else "then", module)]
+    reshapes = site.place.consumers[0].meta["call"] is call and site.place.because
+    pair = [("bn", site.layer), ("then" if reshapes else "act", module)]
     wrapped = nn.Sequential(OrderedDict(reversed(pair) if site.place.after else pair))
     wrapped.training = module.training
     site.layer.train(module.training)
@@ -130,20 +154,22 @@ def _wrap(model: nn.Module, call: Call, site: Site) -> None:
     site.path = f"{call.path}.bn"
 
 
-def _add_children(sequential: nn.Module, path: str, positioned: Sequence[tuple[int, Site]]) -> None:
-    children: list[tuple[str, nn.Module]] = []
-    for position, (name, child) in enumerate(list(sequential._modules.items())):
-        here = [site for p, site in positioned if p == position]
-        new = {site: _free(f"{name}_bn", {*sequential._modules, *(n for n, _ in children)}) for site in here}
-        children += [(new[site], site.layer) for site in here if not site.place.after]
-        children.append((name, child))
-        children += [(new[site], site.layer) for site in here if site.place.after]
-        for site in here:
-            site.path = join(path, new[site])
-            site.layer.train(sequential.training)
+def _add_children(sequential: nn.Module, path: str, wanted: Sequence[_Addition]) -> None:
+    old = dict(sequential._modules)
+    taken = set(old)
+    children: list[tuple[str, nn.Module | None]] = []
+    for position, (name, child) in enumerate(old.items()):
+        here = [addition for addition in wanted if addition.position == position]
+        sides: dict[bool, list[tuple[str, nn.Module | None]]] = {False: [], True: []}
+        for addition in here:
+            new = _free(f"{name}_bn", taken)
+            taken.add(new)
+            sides[addition.behind].append((new, addition.site.layer))
+            addition.site.path = join(path, new)
+            addition.site.layer.train(sequential.training)
+        children += [*sides[False], (name, child), *sides[True]]
     sequential._modules.clear()
-    for name, child in children:
-        sequential.add_module(name, child)
+    sequential._modules.update(children)
 
 
 def _free(name: str, taken: set[str]) -> str:
@@ -172,13 +198,21 @@ def _rewrite(model: nn.Module, call: Call, sites: Sequence[Site], own: tuple[typ
         site.layer.train(module.training)
         put(piece, call, site.place, name)
         site.path = join(call.path, name)
-    methods = _methods(type(module))
-    install(module, piece.graph)
-    name = type(module).__name__
-    remark = f"the forward of {name} now runs a traced graph; class, attributes and methods are kept"
-    return remark + (
-        f", but {', '.join(methods)} of its own know nothing of the new layers" if methods else ""
-    )
+    remark = _remark(type(module), piece.attributes)
+    install(module, piece)
+    return remark
+
+
+def _remark(cls: type, attributes: Collection[str]) -> str:
+    parts = [f"the forward of {cls.__name__} now runs a traced graph; class, attributes and methods are kept"]
+    if attributes:
+        parts.append(f"what it read from {', '.join(sorted(attributes))} is fixed at today's values")
+    methods = _methods(cls)
+    if methods:
+        parts.append(
+            f"methods of its own that do not go through forward run as before ({', '.join(methods)})"
+        )
+    return "; ".join(parts)
 
 
 def _name(site: Site, outer: Call) -> str:

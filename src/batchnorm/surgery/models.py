@@ -186,6 +186,22 @@ def largest_difference(
     return worst
 
 
+def learning(model: nn.Module, args: Sequence[Any]) -> set[str]:
+    """Names of the parameters that a gradient of the outputs reaches, in evaluation mode.
+
+    Args:
+        model: Its gradients and modes change.
+        args: Example.
+    """
+    model.eval().zero_grad(set_to_none=True)
+    with torch.enable_grad():
+        ends = [t.sum() for t in outputs(model, args) if t.requires_grad]
+        if not ends:
+            return set()
+        torch.autograd.backward(ends)
+    return {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
 def depth_of(model: nn.Module) -> int:
     """Number of layers, at least one: what rounding errors can add up over."""
     return max(1, sum(1 for module in model.modules() if not any(True for _ in module.children())))

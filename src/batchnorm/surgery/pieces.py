@@ -15,7 +15,7 @@ from batchnorm.surgery.tracer import trace
 
 def traces(
     model: nn.Module, args: Sequence[Any], own: tuple[type, ...] = ()
-) -> tuple[list[Trace], list[Refusal]]:
+) -> tuple[list[Trace], list[Refusal], set[str]]:
     """Follow a model's forward in training mode, whole or in pieces, and measure all shapes.
 
     A piece is taken only if, on the example, it is called once and nothing inside it is called
@@ -27,15 +27,18 @@ def traces(
         own: Classes of the user's that are one step.
 
     Returns:
-        The traces, and a refusal for each module whose own forward could not be followed.
+        The traces, a refusal for each module whose own forward could not be followed, and the
+        paths of all modules that are called.
     """
     try:
-        return [_measured(model, args, {}, "", own)], []
+        whole = _measured(model, args, {}, "", own)
+        return [whole], [], {call.path for call in whole.calls}
     except Untraceable as why:
         found: list[Trace] = []
         refusals = [Refusal("", _cannot(why))]
-        _descend("", model, _record(model, args), own, found, refusals)
-        return found, refusals
+        records = _record(model, args)
+        _descend("", model, records, own, found, refusals)
+        return found, refusals, set(records)
 
 
 def _measured(

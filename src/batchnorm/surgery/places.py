@@ -20,7 +20,7 @@ class Place:
         producer: The value to be normalized.
         consumers: The steps that shall see it normalized; its other users keep it as it is.
         affine: The affine layer's step, whose channels are normalized.
-        because: Why the edge is not the nonlinearity's own; empty when it is.
+        because: Where the edge is when it is not the nonlinearity's own; empty when it is.
         after: Whether the normalization belongs to the producer's side: all that follows sees it.
     """
 
@@ -115,7 +115,7 @@ def _place(
         return Place(way[0], (consumer,), affine, because)
     gated, product = gate
     inner = way[way.index(gated) - 1] if gated is not way[0] else consumer
-    return Place(gated, (inner, product), affine, "the input gates itself")
+    return Place(gated, (inner, product), affine, "before the product x·g(x)")
 
 
 def spatial_dims(trace: Trace, affine: Node) -> int:

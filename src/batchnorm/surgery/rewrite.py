@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import nn
 from torch.fx import Node
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -85,7 +86,16 @@ def _unite(training: Trace, evaluation: Trace, call: Call) -> None:
                     f"its forward works differently in training and in evaluation (at {ours.name})"
                 )
         ours.args, ours.kwargs = tree_unflatten(left, spec)
+        if ours.op == "get_attr" and not _same_constant(training, evaluation, str(ours.target)):
+            raise ValueError("its forward makes a tensor of its own that differs from run to run")
         same[ours] = theirs
+
+
+def _same_constant(training: Trace, evaluation: Trace, target: str) -> bool:
+    """Whether a tensor that the tracer found is one of the module's, or the same in both traces."""
+    if not target.startswith("_tensor_constant"):
+        return True
+    return torch.equal(getattr(training.root, target), getattr(evaluation.root, target))
 
 
 def put(piece: Trace, outer: Call, place: Place, name: str) -> None:
@@ -123,16 +133,21 @@ def _leaves(node: Node) -> list[Any]:
     return tree_flatten((node.args, dict(node.kwargs)))[0]
 
 
-def install(module: nn.Module, graph: fx.Graph) -> None:
-    """Let ``module`` run ``graph``; its class becomes a subclass of itself, and nothing else changes.
+def install(module: nn.Module, piece: Trace) -> None:
+    """Let ``module`` run a graph; its class becomes a subclass of itself, and nothing else changes.
 
     Parameters, children, hooks, attributes and other methods stay, and so does ``isinstance``.
 
     Args:
         module: Changed in place.
-        graph: Its targets are found in ``module``.
+        piece: Of ``module``; the graph's targets are found in it.
     """
+    graph = piece.graph
     graph.lint()
+    for node in graph.nodes:
+        if node.op == "get_attr" and "." not in node.target and not hasattr(module, node.target):
+            # A tensor made by the forward from nothing but numbers, which the tracer has kept.
+            module.register_buffer(node.target, getattr(piece.root, node.target), persistent=False)
     code = graph.python_code("self")
     namespace = dict(code.globals)
     exec(code.src, namespace)  # the way torch.fx itself turns a graph into a function

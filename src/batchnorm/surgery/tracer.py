@@ -53,12 +53,31 @@ def trace(
     def stop(module: nn.Module, path: str) -> bool:
         return is_leaf(module, own) or (inline is not None and path not in inline)
 
+    read: set[str] = set()
+    for path, module in twin.named_modules():
+        if not path or not stop(module, path):
+            _watch(module, path, read)
     tracer = _Tracer(stop, prefix, args, dict(kwargs or {}))
     try:
         graph = tracer.trace(twin)
     except Exception as error:  # the user's forward may raise anything when it meets a proxy
         raise Untraceable(_phrase(error)) from error
-    return Trace(twin, prefix, graph, tracer.calls, frozenset(hooks)), tracer.inputs
+    return Trace(twin, prefix, graph, tracer.calls, frozenset(hooks), frozenset(read)), tracer.inputs
+
+
+def _watch(module: nn.Module, path: str, read: set[str]) -> None:
+    """Note every number, flag or word that the code of a followed module reads from it."""
+    cls = type(module)
+
+    def note(self: nn.Module, name: str) -> Any:
+        value = cls.__getattribute__(self, name)
+        is_plain = isinstance(value, bool | int | float | str | list | tuple | dict)
+        if is_plain and not name.startswith("_") and name not in ("training", "forward_source"):
+            read.add(join(path, name))
+        return value
+
+    # A subclass of the same name: super() and isinstance in the user's code work as before.
+    module.__class__ = type(cls.__name__, (cls,), {"__getattribute__": note, "__module__": cls.__module__})
 
 
 def _phrase(error: Exception) -> str:
