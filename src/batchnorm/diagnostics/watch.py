@@ -82,7 +82,7 @@ def watch(
     compiled = [name for name, m in model.named_modules() if hasattr(m, "_orig_mod") or m._compiled_call_impl]
     if compiled:
         raise ValueError(
-            f"{compiled[0] or type(model).__name__!r} is compiled, and compiled code calls no hooks: watch "
+            f"{compiled[0] or type(model).__name__!r} is compiled, and compiled code may call no hooks: watch "
             "an uncompiled model, for instance the one given to torch.compile while it runs uncompiled"
         )
     return Recorder(
