@@ -1,6 +1,7 @@
 """``batchnorm reproduce activations``."""
 
 import sys
+from collections.abc import Mapping
 
 import tyro
 from rich.console import Console
@@ -13,32 +14,28 @@ def run(argv: list[str]) -> None:
     """Parse ``argv``, run the experiment, print its table and where the page is."""
     experiment = tyro.cli(Activations, prog="batchnorm reproduce activations", args=argv)
     summary = run_experiment(experiment)
-    console = Console()
     table = Table(
-        "learning rate",
-        "plain, at the end",
+        "rate",
+        "without BN",
         "with BN",
         "difference",
-        "plain's best, reached by BN",
-        title=f"Test accuracy after {experiment.steps:,} steps, mean ± deviation of {experiment.seeds} seeds",
+        "speed-up",
+        title=f"{experiment.data}: test accuracy (%) after {experiment.steps:,} steps, {experiment.seeds} seeds",
+        caption="mean ± deviation; speed-up: how many times fewer steps BN needs for\n"
+        "the best accuracy that the network without it ever has (median of seeds)",
     )
     for row in summary["rates"]:
-        final, speed_up = row["final"], row["speed_up"]
-        times = (
-            f"in {speed_up['median_ratio']:.1f} times fewer steps" if speed_up["median_ratio"] else "never"
-        )
+        final, ratio = row["final"], row["speed_up"]["median_ratio"]
         table.add_row(
             f"{row['rate']:g}",
-            percent(final["plain"]),
-            percent(final["bn"]),
-            percent(final["difference"], signed=True),
-            f"{times} ({speed_up['reached']} of {experiment.seeds} seeds)",
+            _spread(final["plain"]),
+            _spread(final["bn"]),
+            _spread(final["difference"], "+"),
+            f"{ratio:.1f} ×" if ratio else "never",
         )
-    console.print(table)
+    Console().print(table)
     sys.stdout.write(f"Report: {experiment.out / 'report.html'}\n")
 
 
-def percent(spread: dict[str, float], *, signed: bool = False) -> str:
-    """Mean ± deviation in percent."""
-    sign = "+" if signed else ""
-    return f"{100 * spread['mean']:{sign}.2f} ± {100 * spread['std']:.2f} %"
+def _spread(values: Mapping[str, float], sign: str = "") -> str:
+    return f"{100 * values['mean']:{sign}.2f} ± {100 * values['std']:.2f}"

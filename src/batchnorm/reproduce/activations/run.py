@@ -1,16 +1,24 @@
 """The whole of it: jobs, summary, pictures and page; goes on where an earlier call stopped."""
 
 import json
+import sys
+import time
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
 
 from batchnorm.data import load
 from batchnorm.reproduce.activations.experiment import Activations
 from batchnorm.reproduce.activations.job import History, path_of, run_job
+from batchnorm.reproduce.activations.page import write_report
 from batchnorm.reproduce.activations.summary import Histories, summarize
-from batchnorm.reproduce.pool import run_jobs
+from batchnorm.reproduce.pool import num_cores, run_jobs
 from batchnorm.train.files import write_json
+from batchnorm.train.run import environment
 
 
 def run_experiment(experiment: Activations) -> dict[str, Any]:
@@ -27,6 +35,9 @@ def run_experiment(experiment: Activations) -> dict[str, Any]:
     load(experiment.data, experiment.data_dir)
     wanted = [(seed, normalize) for seed in range(experiment.seeds) for normalize in (False, True)]
     missing = [(experiment, *job) for job in wanted if not _is_whole(path_of(experiment, *job))]
+    if done := len(wanted) - len(missing):
+        print(f"{done} of {len(wanted)} jobs are already done in {experiment.out}", file=sys.stderr)
+    start = time.perf_counter()
     num_steps = experiment.steps * len(experiment.rates) * len(missing)
     run_jobs(run_job, missing, num_steps=num_steps, num_processes=experiment.processes, title="activations")
     plain, bn = (
@@ -34,8 +45,25 @@ def run_experiment(experiment: Activations) -> dict[str, Any]:
         for normalize in (False, True)
     )
     summary = summarize(experiment, Histories(plain, bn))
+    whole = len(missing) == len(wanted)
+    summary["wall_s"] = round(time.perf_counter() - start, 1) if whole else None  # of an uninterrupted run
     write_json(experiment.out / "result.json", summary)
+    write_report(summary, experiment.out, _footer(experiment, summary))
     return summary
+
+
+def _footer(experiment: Activations, summary: Mapping[str, Any]) -> dict[str, object]:
+    found = environment(torch.device("cpu"))
+    training, evaluation = np.sum([*summary["seconds"]["plain"], *summary["seconds"]["bn"]], axis=0)
+    shown = {name: found[name] for name in ("batchnorm", "torch", "python", "cpu")}
+    processes = min(experiment.processes or num_cores(), 2 * experiment.seeds)
+    return {
+        **shown,
+        "processes": f"{processes}, one thread each",
+        "time in training steps": f"{training:,.0f} core-seconds",
+        "time in evaluations": f"{evaluation:,.0f} core-seconds",
+        "settings": json.dumps(experiment.science()),
+    }
 
 
 def _claim(experiment: Activations) -> None:

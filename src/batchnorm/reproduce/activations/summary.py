@@ -135,6 +135,12 @@ def _spread(values: np.ndarray) -> dict[str, float]:
     }
 
 
+def percent(spread: dict[str, float], *, signed: bool = False) -> str:
+    """Mean ± deviation in percent, or in percentage points where ``signed``."""
+    sign = "+" if signed else ""
+    return f"{100 * spread['mean']:{sign}.2f} ± {100 * spread['std']:.2f} {'points' if signed else '%'}"
+
+
 def _distributions(histories: Histories, kind: str, rate_index: int) -> dict[str, Any]:
     """Percentiles of a typical unit of the last hidden layer (seed 0); drift of all units, by layer."""
     every = np.stack(
