@@ -160,8 +160,8 @@ class _Trainer:
             model = self.model.eval()
         else:
             model = with_population_statistics(self.model, self.images, self.recipe)
-            metadata = {"step": str(self.step), "bn_statistics": "population"}
-            files.write_bytes(path, to_safetensors(model.state_dict(), metadata))
+            # One entry only: safetensors writes several in random order, and equal runs shall be equal files.
+            files.write_bytes(path, to_safetensors(model.state_dict(), {"step": str(self.step)}))
         return TrainingResult(self.folder, model, self._scores(model))
 
     def _take_step(self) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -61,7 +63,10 @@ class Recipe:
         for name in ("init_std", "weight_decay"):
             _check(0 <= getattr(self, name) < float("inf"), name, "finite and 0 or more", getattr(self, name))
         _check(
-            0 < self.learning_rate < float("inf"), "learning_rate", "finite and above 0", self.learning_rate
+            0 < self.learning_rate <= MAX_FLOAT32,
+            "learning_rate",
+            "above 0 and within float32",
+            self.learning_rate,
         )
         _check(0 <= self.momentum < 1, "momentum", "at least 0 and below 1", self.momentum)
         _check(

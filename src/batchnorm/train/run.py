@@ -31,6 +31,9 @@ MODEL_FILE, CHECKPOINTS, TENSORBOARD, LOCK_FILE = (
     "run.lock",
 )
 
+DATA_FACTS = {"name", "image_shape", "num_train", "num_test", "sha256"}
+"""What :func:`data_facts` tells."""
+
 
 @contextmanager
 def open_run(folder: Path, recipe: Recipe, data: ImageData, device: torch.device) -> Iterator[Path]:
@@ -86,8 +89,11 @@ def read_run(folder: Path) -> tuple[Recipe, dict[str, Any]]:
             raise ValueError("expected an object with format, recipe and data")
         if written["format"] != FORMAT:
             raise ValueError(f"its format is {written['format']!r} and this version reads {FORMAT}")
-        return Recipe.from_json(written["recipe"]), written["data"]
-    except (ValueError, TypeError) as error:
+        recipe, facts = written["recipe"], written["data"]
+        if not isinstance(recipe, dict) or not isinstance(facts, dict) or set(facts) != DATA_FACTS:
+            raise ValueError(f"recipe must be an object, and data one with {', '.join(sorted(DATA_FACTS))}")
+        return Recipe.from_json(recipe), facts
+    except ValueError as error:
         raise ValueError(f"{path} cannot be used: {error}") from error
 
 
@@ -177,9 +183,9 @@ def _check_same(folder: Path, recipe: Recipe, data: ImageData) -> None:
     differences = recipe.differences(earlier)
     now = data_facts(data)
     differences += [
-        f"data {name} (asked for {now[name]!r}, there {facts.get(name)!r})"
+        f"data {name} (asked for {now[name]!r}, there {facts[name]!r})"
         for name in now
-        if now[name] != facts.get(name)
+        if now[name] != facts[name]
     ]
     if differences:
         raise ValueError(
