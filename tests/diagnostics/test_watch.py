@@ -197,6 +197,17 @@ def test_default_layers_without_batch_normalization_are_what_the_nonlinearities_
     assert watch(model).layers == ("0", "3")
 
 
+def test_the_model_itself_can_be_watched():
+    model, x = network().eval(), batches(1)[0]
+    with (
+        watch(model, "", every=1, during="both") as output,
+        watch(model, "", on="input", every=1, during="both") as given,
+    ):
+        y = model(input=x).detach().numpy()
+    np.testing.assert_allclose(output.history[""].mean[0], y.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(given.history[""].mean[0], x.mean(0), rtol=1e-4, atol=1e-6)
+
+
 def test_patterns_and_names():
     model = nn.Module()
     model.blocks = nn.ModuleList(network() for _ in range(2))

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from batchnorm.diagnostics.history import LayerHistory, save_histories, table
 from batchnorm.diagnostics.summary import Samples, Summary, drift, summarize
@@ -49,21 +50,31 @@ class Recorder:
         self._records: dict[str, list[dict[str, Any]]] = {name: [] for name in layers}
         self._units: dict[str, np.ndarray[Any, Any]] = {}
         self._open: dict[str, Samples] | None = None
-        self._handles = [model.register_forward_pre_hook(_only_for(model, self._begin))]
-        for name in layers:
-            module = model.get_submodule(name)
-            hook = _only_for(module, partial(self._see, name))
-            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
-        # After the others, so that a watched root is seen before its step ends.
-        self._handles.append(model.register_forward_hook(_only_for(model, self._end)))
+        self._watched = [(name, weakref.ref(model.get_submodule(name))) for name in layers if name]
+        self._handles = [
+            model.register_forward_pre_hook(_only_for(model, self._begin)),
+            model.register_forward_hook(_only_for(model, self._end), with_kwargs=True),
+        ]
+        # Hooks of the layers themselves are there in recorded steps only: others shall cost nothing.
+        self._inner: list[RemovableHandle] = []
 
-    def _begin(self, module: nn.Module, args: Any) -> None:
-        self._open = None  # what a forward pass that raised had left behind
-        if self._during != "both" and module.training != (self._during == "training"):
+    def _begin(self, root: nn.Module, args: Any) -> None:
+        self._drop()  # what a forward pass that raised had left behind
+        if self._during != "both" and root.training != (self._during == "training"):
             return
         if self.num_steps % self._every == 0:
             self._open = {}
+            for name, reference in self._watched:
+                if (module := reference()) is not None:
+                    hook = _only_for(module, partial(self._see, name))
+                    self._inner.append(module.register_forward_hook(hook, with_kwargs=True))
         self.num_steps += 1
+
+    def _drop(self) -> None:
+        self._open = None
+        for handle in self._inner:
+            handle.remove()
+        self._inner.clear()
 
     @torch.no_grad()
     def _see(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -80,10 +91,13 @@ class Recorder:
         samples = Samples.of(x, channel_dim=channel_dim, mask=mask, max_samples=self._max_samples)
         self._open[name] = self._open[name].merge(samples) if name in self._open else samples
 
-    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _end(self, root: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self._open is None:
             return
-        seen, self._open = self._open, None
+        if "" in self.layers:
+            self._see("", root, args, kwargs, output)
+        seen = self._open
+        self._drop()
         for name, samples in seen.items():
             summary = summarize(samples, self._levels)
             last = self._last.get(name)
@@ -156,7 +170,7 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._open = None
+        self._drop()
 
     def __enter__(self) -> "Recorder":
         return self

@@ -63,7 +63,8 @@ def watch(
             its range, the model is compiled, or it has nothing that would be watched by default.
         TypeError: While recording: what a module gives or gets is not a floating-point tensor.
 
-    Cost: see docs/methods/watch.md for measured figures.
+    Recording the three layers of a 784-100-100-100-10 network on 60 examples takes about 1.6 ms, two
+    training steps' worth: 1 to 2 % of the training time at the default ``every``.
     """
     if every < 1 or max_samples < 2:
         raise ValueError(
@@ -82,8 +83,8 @@ def watch(
     compiled = [name for name, m in model.named_modules() if hasattr(m, "_orig_mod") or m._compiled_call_impl]
     if compiled:
         raise ValueError(
-            f"{compiled[0] or type(model).__name__!r} is compiled, and compiled code may call no hooks: watch "
-            "an uncompiled model, for instance the one given to torch.compile while it runs uncompiled"
+            f"{compiled[0] or type(model).__name__!r} is compiled, and compiled code may skip hooks: watch "
+            "the model before it is compiled, or run it uncompiled while you watch"
         )
     return Recorder(
         model,

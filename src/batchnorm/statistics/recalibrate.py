@@ -38,23 +38,23 @@ def recalibrate(
     state are afterwards what they were, and if anything raises, so are the statistics. While the
     data pass through, dropout and every other module is in evaluation mode.
 
-    Methods:
-        "exact": What training mode would compute for all the data as one single batch. The
-            layers are settled one after the other in the order in which the data reach them:
-            each batch runs, on the statistics settled so far, up to the first layer that is not
-            settled, and that layer gets the count-weighted moments of all the batches. So any
-            split of the data, into batches of one even, gives the same result. For L layers this
-            takes L passes that end half way on average, and a last whole one that measures the
-            ``residual``. (Updating all layers in every pass takes as many passes, and in between
-            the errors of early layers grow exponentially with depth.) A layer that is called
-            several times is given the moments of all its calls, and more passes.
-        "pooled": One pass, in which every batch is normalized by itself, as in training. The
-            count-weighted moments of all the batches. Batches need two samples a channel;
-            close to exact for large, well mixed batches.
-        "paper": One pass likewise, then literally the averages of batch means and of unbiased
-            batch variances, E[μ_B] and m/(m − 1)·E[σ²_B], each call of a layer weighing the
-            same. Misses the variance *between* batches and weighs small batches too much; the
-            report says by how much for each layer.
+    - ``method="exact"``: what training mode would compute for all the data as one single batch. The
+      layers are settled one after the other in the order in which the data reach them: each batch
+      runs, on the statistics settled so far, up to the first layer that is not settled, and that
+      layer gets the count-weighted moments of all the batches. So any split of the data, into
+      batches of one even, gives the same result. For L layers this takes L passes that end half
+      way on average, and a last whole one that measures the ``residual``. (Moving all layers in
+      every pass would take as many, and in between the errors of early layers grow exponentially
+      with depth.) A layer that is called several times gets the moments of all its calls, and all
+      layers then move on together until they agree with themselves.
+    - ``method="pooled"``: one pass, in which every batch is normalized by itself, as in training;
+      the count-weighted moments of all the batches. Close to exact for large, well mixed batches.
+    - ``method="paper"``: one pass likewise, then literally the averages of batch means and of
+      unbiased batch variances, E[μ_B] and m/(m − 1)·E[σ²_B], each call of a layer weighing the
+      same. Misses the variance *between* batches and weighs small batches too much; the report
+      says by how much for each layer.
+
+    "pooled" and "paper" need two samples a channel in every batch.
 
     Args:
         model: Any model with `torch.nn.BatchNorm*` or our layers (or subclasses, or
