@@ -1,6 +1,7 @@
 """A model's forward followed with torch.fx, so that later steps can trust what it shows."""
 
 import inspect
+import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -171,6 +172,11 @@ class _Tracer(fx.Tracer):
         finally:
             self._call = parent
         return call.result
+
+    def get_fresh_qualname(self, prefix: str) -> str:
+        # torch.fx counts on from trace to trace; two traces of one module must use the same names.
+        names = (f"{prefix}{i}" for i in itertools.count())
+        return next(name for name in names if not hasattr(self.root, name))
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> Node:
         node = super().create_node(kind, *args, **kwargs)
