@@ -1,4 +1,4 @@
-"""The ``batchnorm`` command."""
+"""The `batchnorm` command."""
 
 from batchnorm.cli.main import main
 

@@ -1,4 +1,4 @@
-"""``batchnorm evaluate``: scores of saved runs."""
+"""`batchnorm evaluate`: scores of saved runs."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ Examples:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateArguments:
-    """What ``batchnorm evaluate`` is told."""
+    """What `batchnorm evaluate` is told."""
 
     runs: Annotated[
         tuple[Path, ...],
@@ -38,7 +38,7 @@ class EvaluateArguments:
 
 
 def run(argv: list[str]) -> None:
-    """Parse ``argv``, evaluate, and print a table."""
+    """Parse `argv`, evaluate, and print a table."""
     arguments = tyro.cli(EvaluateArguments, prog="batchnorm evaluate", description=DESCRIPTION, args=argv)
     table = Table("run", "top-1", "top-5", "loss", "images")
     for result in evaluate_runs(arguments.runs, data_dir=arguments.data_dir, checkpoint=arguments.checkpoint):

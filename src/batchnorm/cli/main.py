@@ -18,8 +18,8 @@ COMMANDS = {
     ),
     "reproduce": ("batchnorm.cli.reproduce", "the paper's claims as experiments, ours beside its figures"),
 }
-"""Subcommand to the module that has it and a line about it. The module has ``run(argv: list[str]) -> None``
-and is imported only when its command is called, so that ``--help`` does not wait for the others."""
+"""Subcommand to the module that has it and a line about it. The module has `run(argv: list[str]) -> None`
+and is imported only when its command is called, so that `--help` does not wait for the others."""
 
 TRAIN_EXTRA = {
     "jinja2",
@@ -33,7 +33,7 @@ TRAIN_EXTRA = {
     "tensorboard",
     "tyro",
 }
-"""Packages, by the name they are imported under, that come with ``batchnorm[train]``."""
+"""Packages, by the name they are imported under, that come with `batchnorm[train]`."""
 
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
 """What input, files, network or a diverging training can cause; anything else is a defect of ours."""
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, 2 after an error of the user's or the machine's, 128 + n after signal n.
 
     Raises:
-        SystemExit: After ``--help``, ``--version`` or arguments that cannot be understood.
+        SystemExit: After `--help`, `--version` or arguments that cannot be understood.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     # Understood before and after the subcommand, whose own flags are derived from dataclasses.

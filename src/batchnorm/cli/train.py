@@ -1,4 +1,4 @@
-"""``batchnorm train``: its flags are the fields of the recipe."""
+"""`batchnorm train`: its flags are the fields of the recipe."""
 
 import sys
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ else:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainArguments:
-    """What ``batchnorm train`` is told beside the recipe."""
+    """What `batchnorm train` is told beside the recipe."""
 
     recipe: ByName
     """Where the flags get their defaults from."""
@@ -51,7 +51,7 @@ class TrainArguments:
 
 
 def run(argv: list[str]) -> None:
-    """Parse ``argv``, train, and print the result."""
+    """Parse `argv`, train, and print the result."""
     arguments = tyro.cli(
         TrainArguments,
         prog="batchnorm train",

@@ -24,7 +24,7 @@ def epoch_order(epoch: int, num_examples: int, seed: int) -> Tensor:
         seed: Any non-negative integer.
 
     Returns:
-        A permutation of ``0 .. num_examples - 1``, int64, shape (num_examples,), on the CPU.
+        A permutation of `0 .. num_examples - 1`, int64, shape (num_examples,), on the CPU.
     """
     return _order(epoch, num_examples, seed).clone()
 
@@ -32,7 +32,7 @@ def epoch_order(epoch: int, num_examples: int, seed: int) -> Tensor:
 def batch_indices(step: int, batch_size: int, num_examples: int, seed: int) -> Tensor:
     """The examples of one training step, computed without knowing what came before.
 
-    An epoch has ``num_examples // batch_size`` batches, all full. The remainder of its order is dropped;
+    An epoch has `num_examples // batch_size` batches, all full. The remainder of its order is dropped;
     as the next epoch has another order, every example has the same chance of being seen.
 
     Args:
@@ -71,7 +71,7 @@ def to_input(images: Tensor, *, binarize: bool = False) -> Tensor:
         float32 between 0 and 1, same shape and device.
 
     Raises:
-        TypeError: ``images`` is not uint8, so what its levels mean is unknown.
+        TypeError: `images` is not uint8, so what its levels mean is unknown.
     """
     if images.dtype != torch.uint8:
         raise TypeError(f"images must be uint8 grey levels from 0 to 255, got {images.dtype}.")

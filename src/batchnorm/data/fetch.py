@@ -19,7 +19,7 @@ def md5_of(path: str | Path) -> str:
 
 
 def fetch(name: str, mirrors: Sequence[str], md5: str, folder: Path, *, progress: bool = True) -> Path:
-    """Download ``name`` into ``folder``; what stands there already is replaced only by a whole file.
+    """Download `name` into `folder`; what stands there already is replaced only by a whole file.
 
     Args:
         name: File name, appended to each mirror's address.
@@ -91,7 +91,7 @@ def _download(downloader: Callable[..., Any], url: str, path: Path, bar: "_Progr
 
 
 class _ProgressBar:
-    """What pooch asks of a progress bar (``total``, ``update``, ``reset``, ``close``), drawn by rich."""
+    """What pooch asks of a progress bar (`total`, `update`, `reset`, `close`), drawn by rich."""
 
     def __init__(self, name: str, *, shown: bool) -> None:
         from rich.console import Console

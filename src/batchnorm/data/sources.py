@@ -11,7 +11,7 @@ from batchnorm.data.fetch import fetch, md5_of
 from batchnorm.data.idx import read_idx
 
 ENVIRONMENT_VARIABLE = "BATCHNORM_DATA"
-"""Folder that is searched when no ``data_dir`` is given. Read when a source is loaded, never on import."""
+"""Folder that is searched when no `data_dir` is given. Read when a source is loaded, never on import."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class ImageData:
     train_images: np.ndarray
     """uint8, shape (N, H, W), 0 is black and 255 white."""
     train_labels: np.ndarray
-    """int64, shape (N,), from 0 to ``len(classes) - 1``."""
+    """int64, shape (N,), from 0 to `len(classes) - 1`."""
     test_images: np.ndarray
     """uint8, shape (M, H, W)."""
     test_labels: np.ndarray
@@ -119,7 +119,7 @@ IDX_SOURCES = {
 }
 
 SOURCES = ("digits", *IDX_SOURCES)
-"""Names that :func:`load` knows."""
+"""Names that `load` knows."""
 
 
 def load(
@@ -132,15 +132,15 @@ def load(
 ) -> ImageData:
     """Load a data set by name, downloading it when it is nowhere on this machine.
 
-    Files are looked for in ``data_dir``, else in the folder that the environment variable
-    ``BATCHNORM_DATA`` names, else in this user's cache: first in its subfolder of the source's name,
+    Files are looked for in `data_dir`, else in the folder that the environment variable
+    `BATCHNORM_DATA` names, else in this user's cache: first in its subfolder of the source's name,
     then in the folder itself, gzip or plain. What is missing is downloaded into the subfolder.
     A gzip file must have the published checksum; a plain file is taken as it is.
 
     Args:
-        source: One of :data:`SOURCES`.
-        data_dir: Folder to search; need not exist for ``digits``, which comes with scikit-learn.
-        size: Side of the images in pixels. Only ``digits`` are rescaled (8 as scanned, 28 by default
+        source: One of `SOURCES`.
+        data_dir: Folder to search; need not exist for `digits`, which comes with scikit-learn.
+        size: Side of the images in pixels. Only `digits` are rescaled (8 as scanned, 28 by default
             as the network of the paper's section 4.1 expects).
         download: Whether missing files may be fetched from the network.
         progress: Draw a progress bar while downloading.
@@ -150,9 +150,9 @@ def load(
 
     Raises:
         ValueError: Unknown source, a size that the source does not come in, or a damaged file.
-        FileNotFoundError: A file is missing and ``download`` is false, or ``data_dir`` is no folder.
+        FileNotFoundError: A file is missing and `download` is false, or `data_dir` is no folder.
         ConnectionError: A file is missing and cannot be downloaded.
-        ImportError: A package of the ``train`` extra is needed and missing.
+        ImportError: A package of the `train` extra is needed and missing.
     """
     if source == "digits":
         return _load_digits(28 if size is None else size)

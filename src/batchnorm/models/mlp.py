@@ -26,15 +26,15 @@ def mlp(
     """Three layers of 100 sigmoids and a linear output, without Batch Normalization.
 
     The weights are Gaussian with mean 0 and the biases zero. The paper says "small random Gaussian"
-    and no number; a deviation of 0.1 is this project's choice. The children are named ``flatten``,
-    ``linear1``, ``sigmoid1``, …, ``output``, so ``batchnorm.insert`` can normalize the input of each
+    and no number; a deviation of 0.1 is this project's choice. The children are named `flatten`,
+    `linear1`, `sigmoid1`, …, `output`, so `batchnorm.insert` can normalize the input of each
     nonlinearity and say where it did.
 
     Args:
         in_features: Numbers in one example; the input has shape (N, …) with that many in each row.
         hidden: Units of each hidden layer.
         classes: Outputs; the network returns logits of shape (N, classes).
-        activation: One of :data:`ACTIVATIONS`.
+        activation: One of `ACTIVATIONS`.
         init_std: Deviation of every weight.
         seed: Seed of a generator of the network's own; None draws from torch's global one.
 

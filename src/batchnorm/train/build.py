@@ -14,7 +14,7 @@ from batchnorm.train.recipe import Recipe
 def build_model(recipe: Recipe, image_shape: tuple[int, int], num_classes: int) -> nn.Module:
     """The recipe's network with its initial weights, in training mode on the CPU.
 
-    Networks with and without ``normalize`` begin with the same weights.
+    Networks with and without `normalize` begin with the same weights.
 
     Args:
         recipe: What to build.
@@ -42,7 +42,7 @@ def build_model(recipe: Recipe, image_shape: tuple[int, int], num_classes: int) 
 
 
 def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    """The recipe's update rule over all parameters of ``model``."""
+    """The recipe's update rule over all parameters of `model`."""
     parameters, rate, decay = model.parameters(), recipe.learning_rate, recipe.weight_decay
     match recipe.optimizer:
         case "sgd":
@@ -54,7 +54,7 @@ def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device called ``cpu``, ``cuda`` or ``auto`` (a GPU when there is one).
+    """The device called `cpu`, `cuda` or `auto` (a GPU when there is one).
 
     Raises:
         ValueError: A GPU was asked for by name and there is none that this PyTorch can use.

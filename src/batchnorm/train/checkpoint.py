@@ -18,7 +18,7 @@ from batchnorm.train import files
 
 FORMAT = 1
 NUM_KEPT = 2
-"""Newest checkpoints that :func:`prune` keeps, beside the best."""
+"""Newest checkpoints that `prune` keeps, beside the best."""
 
 MODEL_FILE, TRAINING_FILE, STATE_FILE = "model.safetensors", "training.safetensors", "state.json"
 
@@ -34,11 +34,11 @@ class Checkpoint:
     training: Mapping[str, Tensor]
     """Tensors of the optimizer, random number generators and unreported losses, by dotted name."""
     facts: Mapping[str, Any]
-    """The rest, as JSON values; ``accuracy`` is that of the evaluation at this step, or None."""
+    """The rest, as JSON values; `accuracy` is that of the evaluation at this step, or None."""
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write ``folder/step-N`` so that it is there whole or not at all.
+    """Write `folder/step-N` so that it is there whole or not at all.
 
     Args:
         folder: The run's checkpoint folder; made if absent.
@@ -101,7 +101,7 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
 
 
 def find_checkpoint(folder: Path, which: str) -> Path:
-    """The folder of the checkpoint called ``newest``, ``best`` (by accuracy), or by its step.
+    """The folder of the checkpoint called `newest`, `best` (by accuracy), or by its step.
 
     Raises:
         FileNotFoundError: There is none; the message lists those there are.
@@ -132,7 +132,7 @@ def prune(folder: Path) -> None:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Split an optimizer's state into tensors named ``optimizer.PARAMETER.ENTRY`` and the plain rest.
+    """Split an optimizer's state into tensors named `optimizer.PARAMETER.ENTRY` and the plain rest.
 
     The parameter groups are left out: they follow from the recipe.
     """
@@ -151,7 +151,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor]
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]
 ) -> None:
-    """Put back what :func:`optimizer_state` took; other names in ``tensors`` are ignored."""
+    """Put back what `optimizer_state` took; other names in `tensors` are ignored."""
     state: dict[int, dict[str, Any]] = {}
     for key, value in [*tensors.items(), *rest.items()]:
         if match := re.fullmatch(r"optimizer\.(\d+)\.(.+)", key):

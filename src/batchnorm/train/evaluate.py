@@ -106,8 +106,8 @@ def evaluate_runs(
 
     Args:
         runs: Run folders.
-        data_dir: Where the data of their recipes are looked for, as in :func:`batchnorm.data.load`.
-        checkpoint: ``newest``, ``best`` or a step evaluates that checkpoint, with population statistics
+        data_dir: Where the data of their recipes are looked for, as in `batchnorm.data.load`.
+        checkpoint: `newest`, `best` or a step evaluates that checkpoint, with population statistics
             computed afresh; None the finished run's model.
 
     Raises:

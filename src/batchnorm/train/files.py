@@ -21,7 +21,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         data: The whole content.
 
     Raises:
-        OSError: The disk refused; what stood at ``path`` is still there. A full disk is said so.
+        OSError: The disk refused; what stood at `path` is still there. A full disk is said so.
     """
     partial = _partial(path)
     with _explained(path):
@@ -34,7 +34,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """:func:`write_bytes` of a JSON document, indented for people; NaN is refused as JSON has none."""
+    """`write_bytes` of a JSON document, indented for people; NaN is refused as JSON has none."""
     write_bytes(path, to_json(value))
 
 
@@ -51,7 +51,7 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
         files: Content by file name.
 
     Raises:
-        OSError: The disk refused; what stood at ``path`` is still there.
+        OSError: The disk refused; what stood at `path` is still there.
     """
     partial, old = _partial(path), path.with_name(f".{path.name}.old{PARTIAL}")
     with _explained(path):
@@ -102,7 +102,7 @@ def remove_folder(path: Path) -> None:
 
 
 def remove_partial(folder: Path) -> None:
-    """Delete what a killed process left unfinished in ``folder``."""
+    """Delete what a killed process left unfinished in `folder`."""
     for path in folder.glob(f".*{PARTIAL}"):
         if path.is_dir():
             shutil.rmtree(path)

@@ -60,7 +60,7 @@ class TrainingResult:
 def train(
     recipe: Recipe, data: ImageData, out: str | Path, *, progress: bool = True, tensorboard: bool = True
 ) -> TrainingResult:
-    """Train by a recipe, from the start or from where a run in ``out`` stopped.
+    """Train by a recipe, from the start or from where a run in `out` stopped.
 
     A run that was stopped, or killed at any instant, ends with the same bits as one that was not, on
     the same machine with the same versions and threads (on a GPU as far as its kernels are
@@ -77,8 +77,8 @@ def train(
         The model and its result.
 
     Raises:
-        ValueError: Recipe and data do not fit, or ``out`` holds something else.
-        BlockingIOError: Another process trains in ``out``.
+        ValueError: Recipe and data do not fit, or `out` holds something else.
+        BlockingIOError: Another process trains in `out`.
         FloatingPointError: The loss or a weight is no longer finite; the last checkpoint is.
         TrainingStopped: SIGTERM or Ctrl-C came; the step was finished and saved.
         OSError: The disk refused; earlier checkpoints are whole.

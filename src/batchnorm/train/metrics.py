@@ -35,7 +35,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def cut_metrics(path: Path, step: int) -> None:
-    """Drop the lines after ``step``, at once: the steps will be taken again and report again."""
+    """Drop the lines after `step`, at once: the steps will be taken again and report again."""
     kept = [row for row in read_metrics(path) if row["step"] <= step]
     files.write_bytes(path, b"".join(json.dumps(row).encode() + b"\n" for row in kept))
 
@@ -66,7 +66,7 @@ class MetricsLog:
             self._writer = SummaryWriter(str(tensorboard), purge_step=step + 1 if step else None)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row; every entry but ``step`` is a number, and becomes a curve in TensorBoard."""
+        """Append one row; every entry but `step` is a number, and becomes a curve in TensorBoard."""
         files.append_line(self._path, json.dumps(row, allow_nan=False))
         if self._writer is not None:
             for name, value in row.items():
@@ -133,7 +133,7 @@ class ProgressReport:
             self._bar.stop()
 
     def step(self, step: int) -> None:
-        """Tell that ``step`` steps are done; drawn a few times a second at most."""
+        """Tell that `step` steps are done; drawn a few times a second at most."""
         if self._bar is not None and time.perf_counter() - self._drawn >= REFRESH_S:
             self._draw(step)
 

@@ -12,7 +12,7 @@ MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How to train one network. Frozen: ``dataclasses.replace`` makes a variant."""
+    """How to train one network. Frozen: `dataclasses.replace` makes a variant."""
 
     model: Literal["mlp"] = "mlp"
     """Network: mlp is the fully connected one of the paper's section 4.1."""
@@ -89,12 +89,12 @@ class Recipe:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values; :meth:`from_json` takes them back."""
+        """The fields as JSON values; `from_json` takes them back."""
         return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Recipe":
-        """The recipe that :meth:`to_json` wrote.
+        """The recipe that `to_json` wrote.
 
         Raises:
             ValueError: A field is missing or unknown, or its value is not allowed.
@@ -110,7 +110,7 @@ class Recipe:
         return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
     def differences(self, other: "Recipe") -> list[str]:
-        """Fields that differ, each as ``name (asked for mine, there other's)``."""
+        """Fields that differ, each as `name (asked for mine, there other's)`."""
         mine, theirs = self.to_json(), other.to_json()
         return [
             f"{name} (asked for {mine[name]!r}, there {theirs[name]!r})"

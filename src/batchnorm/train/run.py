@@ -32,7 +32,7 @@ MODEL_FILE, CHECKPOINTS, TENSORBOARD, LOCK_FILE = (
 )
 
 DATA_FACTS = {"name", "image_shape", "num_train", "num_test", "sha256"}
-"""What :func:`data_facts` tells."""
+"""What `data_facts` tells."""
 
 
 @contextmanager
@@ -46,7 +46,7 @@ def open_run(folder: Path, recipe: Recipe, data: ImageData, device: torch.device
         device: Where.
 
     Yields:
-        ``folder``, with recipe.json and environment.json written.
+        `folder`, with recipe.json and environment.json written.
 
     Raises:
         ValueError: The folder holds something else, or the run of another recipe or of other data.
@@ -74,10 +74,10 @@ def open_run(folder: Path, recipe: Recipe, data: ImageData, device: torch.device
 
 
 def read_run(folder: Path) -> tuple[Recipe, dict[str, Any]]:
-    """The recipe of a run, and the facts about its data as :func:`data_facts` gives them.
+    """The recipe of a run, and the facts about its data as `data_facts` gives them.
 
     Raises:
-        FileNotFoundError: ``folder`` is not a run.
+        FileNotFoundError: `folder` is not a run.
         ValueError: recipe.json is damaged or has fields that this version does not know.
     """
     path = folder / RECIPE_FILE
@@ -98,12 +98,12 @@ def read_run(folder: Path) -> tuple[Recipe, dict[str, Any]]:
 
 
 def load_model(folder: Path, model: nn.Module, checkpoint: str | None = None) -> None:
-    """Load a run's weights into ``model``, in place.
+    """Load a run's weights into `model`, in place.
 
     Args:
         folder: The run.
         model: Built by the run's recipe.
-        checkpoint: ``newest``, ``best`` or a step; None for the finished run's model, whose BN layers
+        checkpoint: `newest`, `best` or a step; None for the finished run's model, whose BN layers
             hold population statistics.
 
     Raises:
