@@ -38,7 +38,7 @@ LEFT_ALONE = {
     "no affine layer": (
         nn.Sequential(nn.ReLU()),
         "0",
-        "no affine layer before it: its input comes from the input",
+        "no affine layer before it: its input comes from argument input of the model",
     ),
     "two nonlinearities in a row": (
         nn.Sequential(nn.LayerNorm(4), nn.ReLU(), nn.Sigmoid()),

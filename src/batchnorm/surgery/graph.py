@@ -98,8 +98,8 @@ class Trace:
         if node.op == "call_module":
             return call.path
         if node.op in ("placeholder", "output"):
-            kind = "input" if node.op == "placeholder" else "output"
-            return f"the {kind} {node.name} of {call.path or 'the model'}"
+            kind = f"argument {node.target}" if node.op == "placeholder" else "the output"
+            return f"{kind} of {call.path or 'the model'}"
         name = (
             node.target
             if isinstance(node.target, str)
