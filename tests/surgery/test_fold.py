@@ -290,8 +290,8 @@ REFUSED = {
         lambda: nn.Sequential(trained(nn.BatchNorm2d(3)), conv(padding=1)).eval(),
         IMAGE,
         "0",
-        "it follows argument input of the model, not a convolution or linear layer; folding it forward into 1 "
-        "is not done by this version",
+        "it follows argument input of the model, not a convolution or linear layer; folding it forward into "
+        "1 is not done by this version",
     ),
     "mmcv: relu between": (relu_between, IMAGE, "bn", "it follows relu, not a convolution or linear layer"),
     "output used elsewhere": (output_used_twice, IMAGE, "bn", "the output of conv is also used by add"),
@@ -485,7 +485,7 @@ def test_statistics_that_are_not_finite():
 
 
 def test_folded_weights_that_overflow():
-    affine, norm = nn.Linear(4, 2, dtype=torch.float16), trained(nn.BatchNorm1d(2))
+    affine, norm = nn.Linear(4, 2, dtype=torch.float16), trained(nn.BatchNorm1d(2, eps=1e-9))
     affine.weight.data.fill_(100)
     norm.running_var.fill_(1e-7)
     norm.weight.data.fill_(1)
