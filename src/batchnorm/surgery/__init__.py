@@ -1,6 +1,6 @@
 """Operations on whole models: a model in, a new model and a report out."""
 
-from batchnorm.surgery.fold import FoldProof, fold
+from batchnorm.surgery.fold import FoldProof, FoldReport, fold
 from batchnorm.surgery.freeze import freeze, thaw
 from batchnorm.surgery.insert import insert
 from batchnorm.surgery.outcome import Change, Note, Refusal, SurgeryReport
@@ -8,6 +8,7 @@ from batchnorm.surgery.outcome import Change, Note, Refusal, SurgeryReport
 __all__ = [
     "Change",
     "FoldProof",
+    "FoldReport",
     "Note",
     "Refusal",
     "SurgeryReport",

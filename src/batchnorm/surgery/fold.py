@@ -9,18 +9,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.surgery.foldable import pairs_of
 from batchnorm.surgery.graph import Untraceable
-from batchnorm.surgery.models import (
-    as_args,
-    check_example,
-    check_model,
-    copied,
-    depth_of,
-    largest_difference,
-    roundoff_of,
-    widened,
-)
+from batchnorm.surgery.models import as_args, check_example, check_model, copied
 from batchnorm.surgery.outcome import Change, Refusal, SurgeryReport, table
 from batchnorm.surgery.pairs import FoldProof, fold_pair, prove_pair
+from batchnorm.surgery.proof import allowed, largest_difference, widened
 from batchnorm.surgery.tracer import trace
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -86,7 +78,7 @@ def fold(model: nn.Module, example: Tensor | tuple[Any, ...]) -> tuple[nn.Module
     check_example(model, args)
     norms = {path: m for path, m in model.named_modules() if isinstance(m, _BatchNorm)}
     try:
-        traced, inputs = trace(model, args, training=False)
+        traced, inputs = trace(model, args, training=None)
         traced.measure(inputs)
     except Untraceable as why:
         reason = f"the model's forward cannot be traced ({why})"
@@ -151,25 +143,24 @@ def _whole(
     if not proofs:
         return copied(model), None
     wide, wide_args = widened(model, args)
-    # Mistakes show at their full size; what rounding is amplified by stays far below in float64.
-    allowed = min(1000 * roundoff_of(wide) * depth_of(model), 0.1)
+    limit = allowed(wide)
 
     def miss(pairs: Sequence[tuple[str, str]]) -> float:
         return largest_difference(wide, _apply(wide, pairs), wide_args)
 
-    if not miss(list(proofs)) <= allowed:
+    if not miss(list(proofs)) <= limit:
         # Alone each pair was right: the forward must see something the trace does not show.
         for pair in list(proofs):
             alone = miss([pair])
-            if not alone <= allowed:
+            if not alone <= limit:
                 del proofs[pair]
                 refusals.append(
                     Refusal(pair[1], f"undone: with it the model's output differs by {alone:.1e}")
                 )
         together = miss(list(proofs))
-        if not together <= allowed:
+        if not together <= limit:
             reason = f"undone: the folds together make the model's output differ by {together:.1e}"
             refusals += [Refusal(norm, reason) for _, norm in proofs]
             proofs.clear()
     new = _apply(model, list(proofs))
-    return new, largest_difference(copied(model), new, args) if proofs else None
+    return new, largest_difference(copied(model), copied(new), args) if proofs else None

@@ -12,6 +12,7 @@ from torch.fx import Node
 from torch.nn.modules.batchnorm import _NormBase
 
 from batchnorm.surgery import nonlinearities
+from batchnorm.surgery.models import copied, fixed_randomness
 
 AFFINE = (
     nn.Linear,
@@ -109,14 +110,10 @@ class Trace:
 
     def measure(self, inputs: Sequence[Any]) -> None:
         """Note the shape of every tensor when the placeholders take ``inputs``, in evaluation mode."""
-        modes = {module: module.training for module in self.root.modules()}
-        self.root.eval()
-        try:
-            with torch.no_grad(), torch.random.fork_rng():
-                _Measure(self.root, graph=self.graph).run(*inputs)
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        # A copy: a forward may write into parameters, and a trace shares them with the user's model.
+        runner = copied(self.root).eval()
+        with torch.no_grad(), fixed_randomness(runner):
+            _Measure(runner, graph=self.graph).run(*inputs)
 
 
 class _Measure(fx.Interpreter):

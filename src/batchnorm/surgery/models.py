@@ -1,8 +1,9 @@
-"""Copies, examples and a proof of sameness: what every operation on a model needs."""
+"""Models and examples: what is accepted, copied and run."""
 
 import copy
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -79,13 +80,21 @@ def skeleton(model: nn.Module) -> nn.Module:
         raise ValueError(f"the structure of the model cannot be copied: {error}") from error
 
 
+@contextmanager
+def fixed_randomness(model: nn.Module) -> Iterator[None]:
+    """The random generators of the CPU and of the model's devices in a fixed state, and back afterwards."""
+    indices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(indices):
+        torch.manual_seed(0)
+        yield
+
+
 def outputs(model: nn.Module, args: Sequence[Any]) -> list[Tensor]:
     """All tensors that a model returns, with the random generator in a fixed state.
 
     Dropout written without its mode, or noise, so comes out the same before and after surgery.
     """
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    with fixed_randomness(model):
         args = tree_map(lambda a: a.clone() if isinstance(a, Tensor) else a, tuple(args))
         return [leaf for leaf in tree_leaves(model(*args)) if isinstance(leaf, Tensor)]
 
@@ -93,12 +102,16 @@ def outputs(model: nn.Module, args: Sequence[Any]) -> list[Tensor]:
 def check_example(model: nn.Module, args: Sequence[Any]) -> None:
     """Run a copy in evaluation mode.
 
+    Args:
+        model: Not changed.
+        args: Example.
+
     Raises:
         ValueError: The model fails on the example or returns something that is not finite.
     """
     try:
         with torch.no_grad():
-            got = outputs(skeleton(model).eval(), args)
+            got = outputs(copied(model).eval(), args)
     except Exception as error:  # the user's forward may raise anything
         raise ValueError(
             f"the model fails on the example, in evaluation mode: {type(error).__name__}: {error}"
@@ -108,108 +121,3 @@ def check_example(model: nn.Module, args: Sequence[Any]) -> None:
             "the model's output on the example is not finite, in evaluation mode, so nothing could be proved "
             "of it; give another example, or look for NaN or inf in its weights and buffers"
         )
-
-
-def difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
-    """Largest difference between two lists of outputs, relative to the largest entry of ``before``.
-
-    Infinite when the lists do not match in number or shape.
-    """
-    if [t.shape for t in before] != [t.shape for t in after]:
-        return float("inf")
-    miss, scale = 0.0, 0.0
-    for old, new in zip(before, after, strict=True):
-        if old.numel():
-            wide = torch.complex128 if old.is_complex() else torch.float64
-            gap = (new.to(wide) - old.to(wide)).abs().max().item()
-            miss = max(miss, float("inf") if gap != gap else gap)
-            scale = max(scale, old.to(wide).abs().max().item())
-    return miss / scale if scale else miss
-
-
-def widened(
-    model: nn.Module, args: Sequence[Any], mode: Callable[[nn.Module], Any] = nn.Module.eval
-) -> tuple[nn.Module, tuple[Any, ...]]:
-    """A copy and its example in float64; in their own dtypes if the model cannot run in it.
-
-    A dtype written into a forward forbids float64, as do some devices.
-
-    Args:
-        model: Not changed.
-        args: Example.
-        mode: Sets the mode in which the copy is tried, and left.
-    """
-    try:
-        wide, wide_args = copied(model).double(), _doubled(args)
-        mode(wide)
-        with torch.no_grad():
-            outputs(wide, wide_args)
-        return wide, wide_args
-    except Exception:  # the user's forward may raise anything
-        narrow = copied(model)
-        mode(narrow)
-        return narrow, tuple(args)
-
-
-def roundoff_of(model: nn.Module) -> float:
-    """Machine epsilon of the coarsest floating point type in a model."""
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    return max((torch.finfo(t.dtype).eps for t in tensors if t.is_floating_point()), default=2.0**-23)
-
-
-def largest_difference(
-    before: nn.Module,
-    after: nn.Module,
-    args: Sequence[Any],
-    modes: Sequence[Callable[[nn.Module], Any]] = (nn.Module.eval,),
-) -> float:
-    """How far two models' outputs differ on an example, as `difference` counts it.
-
-    Args:
-        before: Model to be matched.
-        after: Model that should match it; the modes of both change.
-        args: Example.
-        modes: Each sets the modes of a model; the models are compared in all of them. Only the
-            first has to run.
-    """
-    worst = 0.0
-    for mode in modes:
-        mode(before), mode(after)
-        with torch.no_grad():
-            try:
-                expected = outputs(before, args)
-            except Exception:  # such as a detector, which wants targets in training
-                if mode is modes[0]:
-                    raise
-                continue
-            worst = max(worst, difference(expected, outputs(after, args)))
-    return worst
-
-
-def learning(model: nn.Module, args: Sequence[Any]) -> set[str]:
-    """Names of the parameters that a gradient of the outputs reaches, in evaluation mode.
-
-    Args:
-        model: Its gradients and modes change.
-        args: Example.
-    """
-    model.eval().zero_grad(set_to_none=True)
-    with torch.enable_grad():
-        ends = [t.sum() for t in outputs(model, args) if t.requires_grad]
-        if not ends:
-            return set()
-        torch.autograd.backward(ends)
-    return {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-
-
-def depth_of(model: nn.Module) -> int:
-    """Number of layers, at least one: what rounding errors can add up over."""
-    return max(1, sum(1 for module in model.modules() if not any(True for _ in module.children())))
-
-
-def _doubled(args: Sequence[Any]) -> tuple[Any, ...]:
-    def widen(value: Any) -> Any:
-        is_real = isinstance(value, Tensor) and value.is_floating_point()
-        return value.double() if is_real else value
-
-    return tree_map(widen, tuple(args))

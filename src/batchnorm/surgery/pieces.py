@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from batchnorm.surgery.graph import Trace, Untraceable, is_leaf, join
-from batchnorm.surgery.models import skeleton
+from batchnorm.surgery.models import copied, fixed_randomness
 from batchnorm.surgery.outcome import Refusal
 from batchnorm.surgery.tracer import trace
 
@@ -69,7 +69,7 @@ class _Record:
 
 def _record(model: nn.Module, args: Sequence[Any]) -> dict[str, _Record]:
     """Arguments and surroundings of every call, by path."""
-    watched = skeleton(model).eval()
+    watched = copied(model).eval()
     records: dict[str, _Record] = {}
     running: list[str] = []
 
@@ -89,7 +89,7 @@ def _record(model: nn.Module, args: Sequence[Any]) -> dict[str, _Record]:
         module._forward_hooks.clear()
         module.register_forward_pre_hook(enter(path), with_kwargs=True)
         module.register_forward_hook(leave)
-    with torch.no_grad(), torch.random.fork_rng():
+    with torch.no_grad(), fixed_randomness(watched):
         watched(*args)
     return records
 

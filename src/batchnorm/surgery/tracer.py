@@ -19,7 +19,7 @@ def trace(
     args: Sequence[Any],
     kwargs: Mapping[str, Any] | None = None,
     *,
-    training: bool,
+    training: bool | None,
     prefix: str = "",
     own: tuple[type, ...] = (),
     inline: Collection[str] | None = None,
@@ -31,7 +31,7 @@ def trace(
         args: Positional arguments; a tensor (or, from another trace, a proxy) stands for any
             value, everything else is taken as fixed, and asserted in the graph.
         kwargs: Keyword arguments, likewise.
-        training: The mode in which the forward is followed.
+        training: The mode in which the forward is followed; ``None`` for that of each module.
         prefix: Path of ``model`` in the whole model.
         own: Classes of the user's that are one step, as torch's layers are.
         inline: Paths below ``model`` of the only modules to be followed; ``None`` for all.
@@ -42,7 +42,9 @@ def trace(
     Raises:
         Untraceable: torch.fx cannot follow the forward.
     """
-    twin = skeleton(model).train(training)
+    twin = skeleton(model)
+    if training is not None:
+        twin.train(training)
     hooks = set()
     for path, module in twin.named_modules():
         if module._forward_hooks or module._forward_pre_hooks:
