@@ -44,6 +44,8 @@ def test_flags_are_the_recipes_fields(tmp_path, capsys):
     percent = captured.out.split("top-1 ")[1].split(",")[0]
     assert table.count(percent) == 3
     assert "ensemble of 2" in table
+    assert main(["evaluate", str(out), "--checkpoint", "29"]) == 2
+    assert "No checkpoint '29'" in capsys.readouterr().err
 
 
 def test_flags_may_come_before_the_recipe(tmp_path):

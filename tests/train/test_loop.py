@@ -11,10 +11,11 @@ from torch import nn
 
 from batchnorm.data import batch_indices, load, to_input
 from batchnorm.models import mlp as network
-from batchnorm.train import TrainingStopped, bn_mlp, files, mlp, train
+from batchnorm.train import TrainingStopped, bn_mlp, files, loop, mlp, train
+from batchnorm.train.build import build_model
 from batchnorm.train.checkpoint import load_checkpoint
 from batchnorm.train.loop import _Trainer
-from batchnorm.train.metrics import read_metrics
+from batchnorm.train.metrics import MetricsLog, read_metrics
 
 
 class Killed(BaseException):
@@ -66,6 +67,9 @@ def rows_without_seconds(out):
 def assert_same_run(got, expected):
     assert (got / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
     assert rows_without_seconds(got) == rows_without_seconds(expected)
+    # The clock goes on where the checkpoint stopped it.
+    seconds = [row["seconds"] for row in read_metrics(got / "metrics.jsonl")]
+    assert seconds == sorted(seconds)
 
 
 def test_plain_training_is_the_textbook_loop_bit_for_bit(digits, tmp_path):
@@ -126,6 +130,29 @@ def test_killed_and_resumed_is_the_uninterrupted_run(digits, tmp_path, monkeypat
         killed_at(monkeypatch, step, recipe, digits, tmp_path / "killed")
     run(recipe, digits, tmp_path / "killed")
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_random_numbers_go_on_where_they_were(digits, tmp_path, monkeypatch):
+    def with_dropout(recipe, *sizes):
+        model = build_model(recipe, *sizes)
+        return nn.Sequential(model.flatten, nn.Dropout(0.3), *list(model.children())[1:])
+
+    monkeypatch.setattr(loop, "build_model", with_dropout)
+    run(SMALL, digits, tmp_path / "whole")
+    for step in (18, 31):
+        killed_at(monkeypatch, step, SMALL, digits, tmp_path / "killed")
+        torch.rand(step)  # The process that goes on has its own history.
+    run(SMALL, digits, tmp_path / "killed")
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_rows_are_on_the_disk_before_the_checkpoint_that_counts_on_them(digits, tmp_path, monkeypatch):
+    events = []
+    sync, save = MetricsLog.sync, loop.save_checkpoint
+    monkeypatch.setattr(MetricsLog, "sync", lambda log: (events.append("sync"), sync(log)))
+    monkeypatch.setattr(loop, "save_checkpoint", lambda *a: (events.append("save"), save(*a)))
+    run(SMALL, digits, tmp_path / "run")
+    assert events == ["sync", "save"] * 4
 
 
 def test_killed_after_the_last_checkpoint_before_the_model_is_written(digits, tmp_path, monkeypatch):
@@ -255,6 +282,14 @@ def test_weights_that_overflow_are_never_saved(digits, tmp_path):
     # The loss of the only step is finite; the update is not.
     recipe = replace(SMALL, normalize=False, learning_rate=3e38, weight_decay=1e3, steps=1)
     with pytest.raises(FloatingPointError, match=r"is no longer finite at step 1.*Nothing was saved yet"):
+        run(recipe, digits, tmp_path / "run")
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
+
+
+def test_weights_that_overflow_are_not_saved_on_a_signal_either(digits, tmp_path, monkeypatch):
+    recipe = replace(SMALL, normalize=False, learning_rate=3e38, weight_decay=1e3)
+    at_step(monkeypatch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(FloatingPointError, match="no longer finite at step 1"):
         run(recipe, digits, tmp_path / "run")
     assert not list((tmp_path / "run").rglob("*.safetensors"))
 
