@@ -1,3 +1,4 @@
+import errno
 import json
 import re
 import struct
@@ -83,6 +84,19 @@ def test_tensorboard_shows_each_step_once_after_a_restart(tmp_path):
         log.sync()
         log.close()
     assert read_events(folder) == {"loss": [(5, 1.0), (10, 1.0), (15, 2.0), (20, 2.0), (25, 2.0), (30, 2.0)]}
+
+
+def test_full_disk_is_explained_for_events_too(tmp_path, monkeypatch):
+    log = MetricsLog(tmp_path / "m.jsonl", tmp_path / "tensorboard", 0)
+
+    def full_disk(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(log._writer, "add_scalar", full_disk)
+        with pytest.raises(OSError, match=r"while writing .*tensorboard\. Nothing written earlier is lost"):
+            log.write({"step": 1, "loss": 1.0})
+    log.close()
 
 
 def test_without_a_terminal_each_evaluation_is_one_line(capsys):

@@ -24,7 +24,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         OSError: The disk refused; what stood at `path` is still there. A full disk is said so.
     """
     partial = _partial(path)
-    with _explained(path):
+    with explained(path):
         try:
             _write_synced(partial, data)
             os.replace(partial, path)
@@ -54,7 +54,7 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
         OSError: The disk refused; what stood at `path` is still there.
     """
     partial, old = _partial(path), path.with_name(f".{path.name}.old{PARTIAL}")
-    with _explained(path):
+    with explained(path):
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
@@ -74,13 +74,13 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
 
 def append_line(path: Path, line: str) -> None:
     """Append one line in a single write, so that a process that dies leaves at most one line cut short."""
-    with _explained(path), open(path, "ab", buffering=0) as file:
+    with explained(path), open(path, "ab", buffering=0) as file:
         file.write(line.encode() + b"\n")
 
 
 def sync_file(path: Path) -> None:
     """Force an existing file's content to the disk."""
-    with _explained(path), open(path, "rb") as file:
+    with explained(path), open(path, "rb") as file:
         os.fsync(file.fileno())
 
 
@@ -122,7 +122,8 @@ def _write_synced(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
+    """Say of a full disk what was being written and what to do; other errors pass unchanged."""
     try:
         yield
     except OSError as error:

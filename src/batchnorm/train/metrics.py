@@ -53,7 +53,7 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path, tensorboard: Path | None, step: int) -> None:
-        self._path = path
+        self._path, self._events = path, tensorboard
         self._writer = None
         if tensorboard is not None:
             try:
@@ -63,27 +63,31 @@ class MetricsLog:
                 raise ImportError(
                     'TensorBoard is missing: pip install "batchnorm[train]", or pass tensorboard=False.'
                 ) from error
-            self._writer = SummaryWriter(str(tensorboard), purge_step=step + 1 if step else None)
+            with files.explained(tensorboard):
+                self._writer = SummaryWriter(str(tensorboard), purge_step=step + 1 if step else None)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row; every entry but `step` is a number, and becomes a curve in TensorBoard."""
         files.append_line(self._path, json.dumps(row, allow_nan=False))
         if self._writer is not None:
-            for name, value in row.items():
-                if name != "step":
-                    self._writer.add_scalar(name, value, row["step"])
+            with files.explained(self._events):
+                for name, value in row.items():
+                    if name != "step":
+                        self._writer.add_scalar(name, value, row["step"])
 
     def sync(self) -> None:
         """Force all rows to the disk."""
         if self._path.exists():
             files.sync_file(self._path)
         if self._writer is not None:
-            self._writer.flush()
+            with files.explained(self._events):
+                self._writer.flush()
 
     def close(self) -> None:
         """Finish the TensorBoard file."""
         if self._writer is not None:
-            self._writer.close()
+            with files.explained(self._events):
+                self._writer.close()
 
 
 class ProgressReport:
