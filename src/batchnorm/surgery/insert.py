@@ -10,11 +10,11 @@ from torch.fx import Node
 from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.surgery import biases, nonlinearities, patterns, places
 from batchnorm.surgery.graph import Trace
+from batchnorm.surgery.identity import prove
 from batchnorm.surgery.install import Site, put_all
 from batchnorm.surgery.models import as_args, check_example, check_model, copied
 from batchnorm.surgery.outcome import Change, Note, Refusal, SurgeryReport
-from batchnorm.surgery.pieces import leaves_in_training, traces
-from batchnorm.surgery.proof import allowed, largest_difference, learning, roundoff_of, widened
+from batchnorm.surgery.pieces import traces
 
 _KINDS = {1: BatchNorm1d, 2: BatchNorm2d, 3: BatchNorm3d}
 _WHOLE = (
@@ -90,7 +90,11 @@ def insert(
     refusals += [Refusal(s.trace.describe(s.nonlinearity), s.reason) for s in sites if s.reason]
     sites = [site for site in sites if not site.reason]
     removed, kept = biases.remove(new, found, [site.place for site in sites])
-    miss = _prove(model, new, args, sites, removed, bool(remarks)) if sites else None
+    miss = None
+    if sites:
+        miss, needed = prove(model, new, args, sites, removed, bool(remarks))
+        removed = [path for path in removed if path not in needed]
+        kept |= dict.fromkeys(needed, "kept: evaluation has a use for it that training has not")
     changes = [_change(site) for site in sites]
     changes += [
         Change(f"{path}.bias", "removed: the normalization subtracts it, β takes its role")
@@ -236,47 +240,3 @@ def _unreached(
             )
             refusals.append(Refusal(path, seen))
     return refusals
-
-
-def _prove(
-    model: nn.Module,
-    new: nn.Module,
-    args: Sequence[Any],
-    sites: Sequence[Site],
-    removed: Sequence[str],
-    rewritten: bool,
-) -> float:
-    """Set the new layers to do nothing but add the removed biases: the outputs must not change."""
-
-    def do_nothing(candidate: nn.Module) -> None:
-        for site in sites:
-            layer = candidate.get_submodule(site.path)
-            affine = site.place.affine.meta["call"].path
-            layer.running_var.fill_(1 - layer.eps)
-            if affine in removed:
-                layer.running_mean.copy_(-model.get_submodule(affine).bias.detach())
-
-    old, old_args = widened(model, args, nn.Module.eval)
-    candidate = copied(new)
-    if roundoff_of(old) != roundoff_of(model):
-        candidate.double()
-    do_nothing(candidate)
-    miss = largest_difference(old, candidate, old_args, (nn.Module.eval, leaves_in_training))
-    if not miss <= allowed(old):
-        raise RuntimeError(
-            f"with its new layers set to the identity the model differs from the original by {miss:.1e} of "
-            f"its largest output, so something in its forward was not understood; narrow the change down "
-            f"with only= or except_=, and please report the model"
-        )
-    if not rewritten:
-        return miss
-    # Contexts such as torch.no_grad() leave no mark in a traced graph, nor in the outputs.
-    taught, teaches = learning(old, old_args), learning(candidate, old_args)
-    kept = {name for name, _ in old.named_parameters()} & {name for name, _ in candidate.named_parameters()}
-    odd = (taught ^ teaches) & kept
-    if odd:
-        raise RuntimeError(
-            f"with its new layers the model learns other parameters than before ({', '.join(sorted(odd))}): "
-            f"a rewritten forward has lost a torch.no_grad() or the like; leave it alone with except_="
-        )
-    return miss

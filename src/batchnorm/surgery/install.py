@@ -9,7 +9,7 @@ from torch.fx import Node, Proxy
 
 from batchnorm.surgery.graph import Call, Trace, Untraceable, join
 from batchnorm.surgery.places import Place
-from batchnorm.surgery.rewrite import graph_for_both_modes, install, put, relative
+from batchnorm.surgery.rewrite import graphs_of, install, put, relative
 from batchnorm.surgery.roles import uses_of
 
 
@@ -186,7 +186,7 @@ def _innermost_single(site: Site) -> Call:
 def _rewrite(model: nn.Module, call: Call, sites: Sequence[Site], own: tuple[type, ...]) -> str:
     whole = sites[0].trace
     try:
-        piece = graph_for_both_modes(whole, call, [site.place for site in sites], own)
+        graphs = graphs_of(whole, call, [site.place for site in sites], own)
     except (ValueError, Untraceable) as why:
         for site in sites:
             site.reason = f"the forward of {call.path or 'the model'} would have to be rewritten, but {why}"
@@ -196,10 +196,10 @@ def _rewrite(model: nn.Module, call: Call, sites: Sequence[Site], own: tuple[typ
         name = _free(_name(site, call), {*dir(module), *module._modules})
         module.add_module(name, site.layer)
         site.layer.train(module.training)
-        put(piece, call, site.place, name)
+        put(graphs, site.place, name)
         site.path = join(call.path, name)
-    remark = _remark(type(module), piece.attributes)
-    install(module, piece)
+    remark = _remark(type(module), {name for piece in graphs.traces for name in piece.attributes})
+    install(module, graphs)
     return remark
 
 

@@ -130,12 +130,3 @@ def _is_closed(path: str, module: nn.Module, records: dict[str, _Record]) -> boo
     """Whether every call of what is inside happens within a call of the module."""
     inner = [f"{path}.{name}" for name, _ in module.named_modules() if name]
     return all(path in around for name in inner if name in records for around in records[name].around)
-
-
-def leaves_in_training(model: nn.Module) -> None:
-    """Training mode for the user's own forwards, evaluation mode for the layers they call.
-
-    The user's code so takes its way of training, while dropout and normalization stand still.
-    """
-    for module in model.modules():
-        module.training = not is_leaf(module)
