@@ -66,7 +66,10 @@ def test_drift_is_the_mean_move_of_the_percentiles_in_deviations():
     move = np.abs(np.percentile(second, [10, 90], axis=0) - np.percentile(first, [10, 90], axis=0))
     seen = recorder.history["0"]
     assert seen.drift[1] == pytest.approx((move / std).mean(), rel=1e-5)
-    assert seen.total_drift == pytest.approx(seen.drift[1])
+    model.train()(a)  # and back: each record is compared with the one before it
+    seen = recorder.history["0"]
+    assert seen.drift[2] == pytest.approx(seen.drift[1])
+    assert seen.total_drift == pytest.approx(2 * seen.drift[1])
 
 
 def test_noise_predicts_the_drift_of_a_network_that_stands_still():

@@ -1,5 +1,6 @@
 """Charts: the same numbers on the page and in the pictures."""
 
+import errno
 import sys
 
 import numpy as np
@@ -109,3 +110,17 @@ def test_bad_charts_are_refused(make, message):
 def test_an_unwritable_picture_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"missing/p\.png"):
         draw(chart(), tmp_path / "missing" / "p.png")
+
+
+def test_a_full_disk_costs_neither_the_old_picture_nor_leaves_a_part(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    def fills_up(self, path, **options):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    old = draw(chart(), tmp_path / "p.png").read_bytes()
+    monkeypatch.setattr(Figure, "savefig", fills_up)
+    with pytest.raises(OSError, match=r"cannot write the report \(No space left on device\).*p\.png"):
+        draw(chart(), tmp_path / "p.png")
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("p.png", old)]

@@ -102,9 +102,12 @@ def test_plots_are_json_without_nan_and_plotly_is_there_once(written):
 
 
 def test_a_figure_cannot_end_its_script(tmp_path):
-    bad = Figure("x", "", {"data": [{"y": [1], "name": "</script><script>alert(1)//"}]})
+    bad = Figure("x", "", {"data": [{"y": [1], "name": "</script ><script >alert(1)//"}]})
     html = write_page(Page("t", "", [Section("s", figures=[bad])]), tmp_path / "r.html").read_text("utf-8")
-    assert "</script><script>alert" not in html
+    start = html.index('id="plots">') + len('id="plots">')
+    block = html[start : html.index("</script>", start)]
+    assert json.loads(block) == [bad.plot]
+    assert "<" not in block
 
 
 def test_a_page_without_figures_carries_no_plotly(tmp_path):

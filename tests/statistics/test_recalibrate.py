@@ -380,6 +380,22 @@ def test_kinds_of_batches(batches):
     assert_statistics(model, expected, rtol=1e-10, atol=1e-11)
 
 
+def test_data_drawn_from_torchs_random_numbers_are_the_same_in_every_pass():
+    class Augmented:
+        def __iter__(self):
+            return (part + torch.randn_like(part) for part in images().split(9))
+
+    model = deep()
+    torch.manual_seed(5)
+    expected = truth(model, torch.cat(list(Augmented())))
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    report = recalibrate(model, Augmented())
+    assert report.residual <= 1e-12
+    assert_statistics(model, expected, rtol=1e-10, atol=1e-11)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_own_forward_gets_model_and_batch():
     model, x = deep(), images()
     expected = truth(model, x)
@@ -388,30 +404,33 @@ def test_own_forward_gets_model_and_batch():
 
 
 def test_a_model_that_catches_exceptions_does_not_swallow_the_early_end():
-    class Catches(nn.Module):
+    class Careful(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.inner = deep()
+            self.inner, self.num_failures = deep(), 0
 
         def forward(self, x: Tensor) -> Tensor | None:
             try:
                 return self.inner(x)
             except Exception:
+                self.num_failures += 1
                 return None
 
-    model, x = Catches(), images()
+    model, x = Careful(), images()
     expected = truth(model, x)
     recalibrate(model, x.split(9))
     assert_statistics(model, expected, rtol=1e-11, atol=1e-12)
+    assert model.num_failures == 0
 
 
 def test_a_compiled_model_is_run_eagerly():
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU()).double()
     compiled = torch.compile(model, backend="eager")
     x = torch.randn(20, 3, dtype=torch.float64)
-    compiled.eval()(x)
+    with torch.no_grad():  # compiled for just what recalibration runs, before there are hooks
+        compiled.eval()(x)
     expected = truth(model, x)
-    recalibrate(compiled, x.split(6))
+    recalibrate(compiled, [x])
     assert_statistics(model, expected, rtol=1e-11, atol=1e-12)
 
 
