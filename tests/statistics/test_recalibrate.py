@@ -320,6 +320,30 @@ def test_fvcore_row_a_layer_used_twice_pools_both_calls_to_a_fixed_point():
         assert_statistics(model, {name: (both.mean(0), both.var(0, correction=0))}, rtol=1e-8, atol=1e-8)
 
 
+def test_where_nothing_converges_the_best_that_was_found_is_kept():
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x) + self.norm(x)
+
+    scales = iter([1, 2, 2.1, 4, 8, 16])
+
+    class Changes:
+        def __iter__(self):
+            return iter([next(scales) * torch.arange(1, 11, dtype=torch.float64).view(10, 1)])
+
+    model = Sum().double()
+    with pytest.warns(UserWarning, match=r"not converged.* a layer is called several times"):
+        report = recalibrate(model, Changes())
+    # The second pass's statistics were nearest to what the next pass found.
+    assert model.norm.running_mean.item() == pytest.approx(2 * 5.5)
+    assert report.num_passes == 5
+    assert report.residual == pytest.approx(0.1 * 5.5 / (2.1 * 8.25**0.5), rel=1e-4)
+
+
 def test_timm_row_variance_between_parts_is_not_lost():
     model = nn.Sequential(nn.BatchNorm1d(1).double())
     parts = [torch.tensor([[-1.0], [1.0]]).double() + 3 * side for side in (-1, 1)]

@@ -2,6 +2,7 @@
 
 import socket
 import traceback
+from queue import Empty
 
 import pytest
 import torch
@@ -25,14 +26,16 @@ def data() -> torch.Tensor:
     return torch.cat([torch.randn(40, 3), torch.randn(6, 3) * 2 + 5]).double()
 
 
-def on_rank(rank: int, port: int, case: str, answers: mp.Queue) -> None:
-    try:
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-        answers.put((rank, CASES[case](rank)))
-        dist.destroy_process_group()
-    except Exception:
-        answers.put((rank, traceback.format_exc()))
+def on_rank(rank: int, port: int, answers: mp.Queue) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    for name, case in CASES.items():
+        try:
+            answers.put((name, rank, case(rank)))
+        except Exception:
+            answers.put((name, rank, traceback.format_exc()))
+            raise  # the other rank may be waiting: no use going on
+    dist.destroy_process_group()
 
 
 def share(rank: int, method: str = "exact") -> dict[str, torch.Tensor]:
@@ -74,26 +77,34 @@ CASES = {
 }
 
 
-def run_case(case: str) -> list:
+@pytest.fixture(scope="module")
+def answers() -> dict[tuple[str, int], object]:
+    """What every case returned on both ranks, by (case, rank)."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = mp.get_context("spawn")
-    answers = context.Queue()
-    ranks = [context.Process(target=on_rank, args=(rank, port, case, answers)) for rank in range(2)]
+    queue = context.Queue()
+    ranks = [context.Process(target=on_rank, args=(rank, port, queue)) for rank in range(2)]
     for process in ranks:
         process.start()
+    found = {}
     try:
-        return [answer for _, answer in sorted(answers.get(timeout=60) for _ in ranks)]
+        while len(found) < 2 * len(CASES):
+            case, rank, answer = queue.get(timeout=60)
+            found[case, rank] = answer
+    except Empty:
+        pass  # the tests say which answers are missing
     finally:
         for process in ranks:
             process.join(10)
             process.kill()
+    return found
 
 
 @pytest.mark.parametrize("case", ["exact", "pooled", "paper", "nothing"])
-def test_fvcore_row_ranks_with_different_amounts_of_data_agree_with_one_process(case):
-    first, second = run_case(case)
+def test_fvcore_row_ranks_with_different_amounts_of_data_agree_with_one_process(case, answers):
+    first, second = (answers.get((case, rank)) for rank in range(2))
     assert isinstance(first, dict), first
     assert isinstance(second, dict), second
     alone = network()
@@ -104,7 +115,7 @@ def test_fvcore_row_ranks_with_different_amounts_of_data_agree_with_one_process(
         torch.testing.assert_close(torch.from_numpy(first[key]), value, rtol=1e-12, atol=1e-13)
 
 
-def test_an_error_on_one_rank_ends_both_and_changes_nothing():
-    first, second = run_case("poison")
-    assert first.startswith("RuntimeError: recalibration failed on 1 other rank"), first
-    assert second.startswith("ValueError: batch 0, layer '1'"), second
+def test_an_error_on_one_rank_ends_both_and_changes_nothing(answers):
+    first, second = (answers.get(("poison", rank)) for rank in range(2))
+    assert str(first).startswith("RuntimeError: recalibration failed on 1 other rank"), first
+    assert str(second).startswith("ValueError: batch 0, layer '1'"), second
