@@ -17,6 +17,7 @@ from batchnorm.reproduce.activations.job import History, path_of, train
 from batchnorm.reproduce.activations.summary import (
     Histories,
     drift,
+    milestones,
     path_length,
     speed_up,
     summarize,
@@ -143,6 +144,11 @@ def test_speed_up_counts_steps_to_the_plain_networks_best():
     assert result["seeds"][1] == {"best": 0.5, "plain_steps": 400, "bn_steps": None, "ratio": None}
     assert result["reached"] == 1
     assert result["median_ratio"] == 1.5  # of 3 and 0: never reaching it is not left out
+
+
+def test_milestones_are_the_step_by_which_half_of_the_seeds_are_there():
+    accuracy = np.array([[0.1, 0.85, 0.9, 0.9, 0.96], [0.1, 0.2, 0.8, 0.9, 0.9], [0.1, 0.1, 0.1, 0.8, 0.85]])
+    assert milestones(STEPS, accuracy) == [200, 300, None, None, None]
 
 
 def test_drift_is_the_medians_way_in_widths_of_the_distribution():

@@ -66,7 +66,7 @@ def write_report(summary: Mapping[str, Any], out: Path, environment: Mapping[str
             figures=[
                 Figure(f"Learning rate {rate:g}", "", plot(charts[rate])) for rate in (headline, *others)
             ],
-            tables=[final_table(summary), speed_up_table(summary)],
+            tables=[final_table(summary), milestone_table(summary), speed_up_table(summary)],
         ),
         Section(
             "Figure 1(b, c): the input of one sigmoid of the last hidden layer",
@@ -156,6 +156,22 @@ def final_table(summary: Mapping[str, Any]) -> Table:
     return Table(
         "Test accuracy at the end", columns, rows, "Mean ± deviation over seeds; differences are paired."
     )
+
+
+def milestone_table(summary: Mapping[str, Any]) -> Table:
+    """Steps to given accuracies."""
+    rows = [
+        (
+            f"{row['rate']:g}",
+            NAMES[kind],
+            *("–" if step is None else step for step in row["milestones"][kind]),
+        )
+        for row in summary["rates"]
+        for kind in KINDS
+    ]
+    columns = ("learning rate", "network", *(f"{100 * target:g} %" for target in summary["milestones"]))
+    caption = "The evaluation by which half of the seeds have that accuracy; –: never."
+    return Table("Steps to a given test accuracy", columns, rows, caption)
 
 
 def speed_up_table(summary: Mapping[str, Any]) -> Table:

@@ -9,6 +9,7 @@ from batchnorm.reproduce.activations.experiment import Activations
 from batchnorm.reproduce.activations.job import History
 
 KINDS = ("plain", "bn")
+MILESTONES = (0.8, 0.9, 0.95, 0.96, 0.97)
 COMPARED_FROM_STEP = 500
 
 
@@ -58,6 +59,22 @@ def speed_up(steps: np.ndarray, plain: np.ndarray, bn: np.ndarray) -> dict[str, 
         seeds.append({"best": best, "plain_steps": plain_steps, "bn_steps": bn_steps, "ratio": ratio})
     ratios = [seed["ratio"] or 0.0 for seed in seeds]
     return {"median_ratio": float(np.median(ratios)), "reached": sum(r > 0 for r in ratios), "seeds": seeds}
+
+
+def milestones(steps: np.ndarray, accuracy: np.ndarray) -> list[int | None]:
+    """The step by which half of the seeds have each of `MILESTONES`; ``None``: they never have.
+
+    Args:
+        steps: (E,).
+        accuracy: (S, E), one row a seed.
+    """
+    found = []
+    for target in MILESTONES:
+        firsts = [first_step_reaching(steps, seed, target) for seed in accuracy]
+        ordered = sorted(np.inf if first is None else first for first in firsts)
+        middle = ordered[(len(ordered) - 1) // 2]
+        found.append(None if np.isinf(middle) else int(middle))
+    return found
 
 
 def drift(steps: np.ndarray, percentiles: np.ndarray) -> np.ndarray:
@@ -111,11 +128,13 @@ def summarize(experiment: Activations, histories: Histories) -> dict[str, Any]:
                 "mean_above": int((bn.mean(0) > plain.mean(0))[compared].sum()),
                 "pairs_above": int((bn > plain)[:, compared].sum()),
                 "speed_up": speed_up(steps, plain, bn),
+                "milestones": {"plain": milestones(steps, plain), "bn": milestones(steps, bn)},
             }
         )
     return {
         "experiment": experiment.science(),
         "steps": steps.tolist(),
+        "milestones": list(MILESTONES),
         "rates": rates,
         "distributions": {kind: _distributions(histories, kind, headline) for kind in KINDS},
         "seconds": {
