@@ -400,8 +400,10 @@ FEEDS = {
 def test_kinds_of_batches(batches):
     model, x = deep(), images()
     expected = truth(model, x)
+    before = torch.get_rng_state()
     assert recalibrate(model, batches(x)).converged
     assert_statistics(model, expected, rtol=1e-10, atol=1e-11)
+    assert torch.equal(torch.get_rng_state(), before)  # which a loader draws from when it is iterated
 
 
 def test_data_drawn_from_torchs_random_numbers_are_the_same_in_every_pass():

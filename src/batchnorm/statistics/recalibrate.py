@@ -100,7 +100,7 @@ def recalibrate(
     while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         model = model.module  # the wrapper would synchronize buffers, or run copies, in every forward
     layers, notes = _choose(model)
-    if method == "exact" and iter(batches) is batches:
+    if method == "exact" and isinstance(batches, Iterator):
         batches = list(batches)
     passes = Passes(model, layers, batches, forward=forward, group=group, progress=progress)
     old = {name: (layer.running_mean.clone(), layer.running_var.clone()) for name, layer in layers.items()}
