@@ -665,3 +665,47 @@ def test_two_graphs_compile_copy_and_fold():
     folded, proof = fold(new, x)
     assert {p.norm for p in proof.folds} == {"enc_bn", "dec_bn"}
     torch.testing.assert_close(folded(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_activation_with_parameters_keeps_its_name_in_the_state_dict():
+    model = net(lambda self, x: self.act(self.fc(x)) * 2, fc=linear(), act=nn.PReLU(4))
+    new, report = insert(model, X)
+    assert "fc_bn" in lines(report.changes)
+    assert "act.weight" in new.state_dict()
+
+
+def test_activation_known_by_two_names_stays_one():
+    act = nn.ReLU()
+    new, report = insert(net(lambda self, x: self.act(self.fc(x)) * 2, fc=linear(), act=act, alias=act), X)
+    assert "fc_bn" in lines(report.changes)
+    assert new.act is new.alias
+
+
+def test_block_that_begins_with_a_nonlinearity_keeps_its_identity_branch():
+    """Before the block as a whole, the layer would normalize the identity too."""
+    block = net(lambda self, x: x + self.fc(F.relu(x)), fc=linear())
+    new, report = insert(nn.Sequential(linear(), block), X)
+    assert lines(report.changes) == {"1.relu_bn": "BatchNorm1d(4) on 0, before relu in 1"}
+    assert lines(report.refusals) == {"0.bias": "kept: its output goes into add in 1 as it is"}
+    y = new[0](X)
+    expected = y + new[1].fc(F.relu(F.batch_norm(y, None, None, training=True)))
+    torch.testing.assert_close(new.train()(X), expected)
+
+
+def test_piece_whose_inside_is_called_from_elsewhere_is_left_alone():
+    def forward(self, x):
+        y = self.body(x)
+        return y + self.body[0](x) if x.sum() < 1e9 else y
+
+    new, report = insert(net(forward, body=nn.Sequential(linear(), nn.ReLU())), X)
+    assert report.changes == ()
+    assert lines(report.refusals)["body.1"] == "it runs inside a forward that cannot be traced"
+    assert new.body[0].bias is not None
+
+
+def test_module_in_place_whose_input_is_used_again():
+    model = net(
+        lambda self, x: (lambda y: self.act(y) + y)(self.fc(x)), fc=linear(), act=nn.ReLU(inplace=True)
+    )
+    _, report = insert(model, X)
+    assert lines(report.refusals)["act"].startswith("it works in place")
