@@ -10,7 +10,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 .PHONY: demo test lint docs bench clean
 
 demo: .venv/.train
-	$(BIN)/batchnorm reproduce activations --data digits --seeds 2 --steps 5000 --evaluate-every 100 \
+	$(BIN)/batchnorm reproduce activations --data digits --seeds 2 --steps 1500 --evaluate-every 50 \
 		--rates 0.05 0.1 0.5 --out runs/demo
 
 test: .venv/.test

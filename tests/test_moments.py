@@ -106,3 +106,12 @@ def test_a_mask_that_does_not_fit_is_refused(mask, says):
 def test_merging_no_parts_is_refused():
     with pytest.raises(ValueError, match="at least one part"):
         Moments.merged([])
+
+
+def test_counts_of_masks_do_not_make_float32_of_float64_moments():
+    x = torch.randn(90, 2, dtype=torch.float64)
+    shown = torch.rand(90) > 0.4
+    parts = [Moments.of(x[i : i + 30], mask=shown[i : i + 30]) for i in (0, 30, 60)]
+    merged = Moments.merged(parts)
+    torch.testing.assert_close(merged.unbiased(), x[shown].var(0), rtol=1e-14, atol=0)
+    torch.testing.assert_close(merged.mean, x[shown].mean(0), rtol=1e-14, atol=1e-15)

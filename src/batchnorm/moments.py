@@ -87,7 +87,7 @@ class Moments:
         Source: Chan, Golub & LeVeque (1983).
         """
         total = self.count + other.count
-        share = other.count / (total.clamp(min=1) if isinstance(total, Tensor) else max(total, 1))
+        share = _ratio(other.count, total, self.mean)
         gap = other.mean - self.mean
         within = self.var + (other.var - self.var) * share
         return Moments(self.mean + gap * share, within + gap.square() * share * (1 - share), total)
@@ -114,22 +114,29 @@ class Moments:
         """
         num_ranks = dist.get_world_size(group)
         count = torch.as_tensor(self.count, dtype=torch.float64, device=self.mean.device)
-        packed = torch.cat([self.mean.double(), self.var.double(), count.reshape(1)])
+        packed = torch.cat([self.mean.double().flatten(), self.var.double().flatten(), count.reshape(1)])
         gathered = [torch.empty_like(packed) for _ in range(num_ranks)]
         dist.all_gather(gathered, packed, group=group)
         num = self.mean.numel()
         whole = Moments.merged(Moments(p[:num], p[num:-1], p[-1]) for p in gathered)
-        return Moments(whole.mean.to(self.mean.dtype), whole.var.to(self.var.dtype), whole.count)
+        mean, var = whole.mean.reshape(self.mean.shape), whole.var.reshape(self.var.shape)
+        return Moments(mean.to(self.mean.dtype), var.to(self.var.dtype), whole.count)
 
     def unbiased(self) -> Tensor:
         """Variance divided by ``count − 1``, shape (C,); equal to ``var`` for a single sample."""
-        if isinstance(self.count, Tensor):
-            return self.var * (self.count / (self.count - 1).clamp(min=1))
-        return self.var * (self.count / max(self.count - 1, 1))
+        return self.var * _ratio(self.count, self.count - 1, self.var)
 
     def to(self, dtype: torch.dtype) -> "Moments":
         """The same moments with mean and variance in ``dtype``."""
         return Moments(self.mean.to(dtype), self.var.to(dtype), self.count)
+
+
+def _ratio(part: Tensor | int, whole: Tensor | int, like: Tensor) -> Tensor | float:
+    # By at least 1, for empty sets. Quotients of integer tensors would be float32, whatever ``like`` is.
+    if isinstance(part, Tensor) or isinstance(whole, Tensor):
+        part = torch.as_tensor(part, device=like.device).to(like.dtype)
+        return part / torch.as_tensor(whole, device=like.device).clamp(min=1).to(like.dtype)
+    return part / max(whole, 1)
 
 
 def check_mask(mask: Tensor, x: Tensor, channel_dim: int = 1) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from batchnorm import files
 from batchnorm.report import Curve, CurveChart, PercentileChart, PercentilePanel, draw, plot
 from batchnorm.report.charts import colour
 
@@ -112,15 +113,21 @@ def test_an_unwritable_picture_is_named(tmp_path):
         draw(chart(), tmp_path / "missing" / "p.png")
 
 
-def test_a_full_disk_costs_neither_the_old_picture_nor_leaves_a_part(tmp_path, monkeypatch):
-    from matplotlib.figure import Figure
+def test_a_logarithmic_axis_refuses_what_has_no_logarithm_and_says_powers_to_plotly():
+    with pytest.raises(ValueError, match="values above zero"):
+        CurveChart("", "x", "y", [Curve("a", [1, 2], [0.5, 0.0])], log_y=True)
+    positive = CurveChart("", "x", "y", [Curve("a", [1, 2], [0.5, 5])], log_y=True, y_range=(0.1, 100))
+    assert plot(positive)["layout"]["yaxis"]["type"] == "log"
+    assert plot(positive)["layout"]["yaxis"]["range"] == [-1, 2]
 
-    def fills_up(self, path, **options):
-        path.write_bytes(b"half")
+
+def test_a_full_disk_costs_neither_the_old_picture_nor_leaves_a_part(tmp_path, monkeypatch):
+    def fills_up(path, data):
+        path.write_bytes(data[: len(data) // 2])
         raise OSError(errno.ENOSPC, "No space left on device")
 
     old = draw(chart(), tmp_path / "p.png").read_bytes()
-    monkeypatch.setattr(Figure, "savefig", fills_up)
-    with pytest.raises(OSError, match=r"cannot write the report \(No space left on device\).*p\.png"):
+    monkeypatch.setattr(files, "_write_synced", fills_up)
+    with pytest.raises(OSError, match=r"No space left on device while writing .*p\.png"):
         draw(chart(), tmp_path / "p.png")
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("p.png", old)]

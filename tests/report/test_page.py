@@ -116,7 +116,7 @@ def test_a_page_without_figures_carries_no_plotly(tmp_path):
 
 
 def test_an_unwritable_path_is_named_and_the_old_page_stays(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"cannot write the report.*missing/r\.html"):
+    with pytest.raises(FileNotFoundError, match=r"cannot write.*missing/r\.html"):
         write_page(Page("t", "", []), tmp_path / "missing" / "r.html")
     old = tmp_path / "r.html"
     old.write_text("old")

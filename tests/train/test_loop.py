@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from batchnorm import files
 from batchnorm.data import batch_indices, load, to_input
 from batchnorm.models import mlp as network
-from batchnorm.train import TrainingStopped, bn_mlp, files, loop, mlp, train
+from batchnorm.train import TrainingStopped, bn_mlp, loop, mlp, train
 from batchnorm.train.build import build_model
 from batchnorm.train.checkpoint import load_checkpoint
 from batchnorm.train.loop import _Trainer

@@ -1,5 +1,6 @@
 """What a `Recorder` has seen of each layer, as arrays; on disk as JSON or npz."""
 
+import io
 import json
 import os
 from collections.abc import Mapping
@@ -9,6 +10,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from batchnorm.files import write_bytes
 
 Array = NDArray[np.float64]
 
@@ -105,20 +108,14 @@ def save_histories(histories: Mapping[str, LayerHistory], path: str | os.PathLik
     arrays = {
         name: {f.name: getattr(layer, f.name) for f in fields(layer)} for name, layer in histories.items()
     }
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        if path.suffix == ".json":
-            plain = {name: {key: _plain(a) for key, a in layer.items()} for name, layer in arrays.items()}
-            unfinished.write_text(json.dumps(plain, allow_nan=False))
-        else:
-            flat = {f"{name}/{key}": a for name, layer in arrays.items() for key, a in layer.items()}
-            with unfinished.open("wb") as file:
-                np.savez_compressed(file, **flat)
-        unfinished.replace(path)
-    except OSError as error:
-        raise type(error)(error.errno, f"cannot save the history ({error.strerror})", str(path)) from error
-    finally:
-        unfinished.unlink(missing_ok=True)
+    if path.suffix == ".json":
+        plain = {name: {key: _plain(a) for key, a in layer.items()} for name, layer in arrays.items()}
+        write_bytes(path, json.dumps(plain, allow_nan=False).encode())
+    else:
+        whole = io.BytesIO()
+        flat = {f"{name}/{key}": a for name, layer in arrays.items() for key, a in layer.items()}
+        np.savez_compressed(whole, **flat)
+        write_bytes(path, whole.getvalue())
     return path
 
 

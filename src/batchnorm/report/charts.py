@@ -71,11 +71,12 @@ class CurveChart:
         curves: At least one.
         spread: "range" (median, minimum to maximum) or "std" (mean, ± one standard deviation).
         log_x: Logarithmic steps; curves' x must be positive.
+        log_y: Logarithmic values; curves' runs must be positive.
         y_range: Limits of the vertical axis, or ``None`` for what the curves need.
         reference: A named horizontal line, such as the paper's figure.
 
     Raises:
-        ValueError: No curves, an unknown spread, or steps that have no logarithm.
+        ValueError: No curves, an unknown spread, or steps or values that have no logarithm.
     """
 
     title: str
@@ -84,6 +85,7 @@ class CurveChart:
     curves: Sequence[Curve]
     spread: str = "range"
     log_x: bool = False
+    log_y: bool = False
     y_range: tuple[float, float] | None = None
     reference: tuple[str, float] | None = None
 
@@ -94,6 +96,8 @@ class CurveChart:
             raise ValueError(f'chart {self.title!r}: spread must be "range" or "std", got {self.spread!r}')
         if self.log_x and any((np.asarray(curve.x) <= 0).any() for curve in self.curves):
             raise ValueError(f"chart {self.title!r}: a logarithmic axis needs x above zero; leave step 0 out")
+        if self.log_y and any((np.asarray(curve.runs) <= 0).any() for curve in self.curves):
+            raise ValueError(f"chart {self.title!r}: a logarithmic axis needs values above zero")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from batchnorm.report.files import written_whole
+from batchnorm.files import write_bytes
 
 VERDICTS = ("holds", "partly", "misses", "")
 
@@ -146,8 +146,7 @@ def write_page(page: Page, path: str | os.PathLike[str]) -> Path:
         plots=Markup(_script_safe(json.dumps(_plain(plots), allow_nan=False))),
         plotly_js=Markup(get_plotlyjs()) if plots else "",
     )
-    with written_whole(path) as unfinished:
-        unfinished.write_text(html, encoding="utf-8")
+    write_bytes(Path(path), html.encode())
     return Path(path)
 
 

@@ -1,15 +1,17 @@
 """Charts as PNG files, drawn by matplotlib without its global state."""
 
+import io
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from batchnorm.files import write_bytes
 from batchnorm.report.charts import Chart, CurveChart, PercentileChart, PercentilePanel, colour, translucent
-from batchnorm.report.files import written_whole
 
 _BAND_OPACITY = 0.18
 _INK = "#30343a"
@@ -34,8 +36,9 @@ def draw(chart: Chart, path: str | os.PathLike[str], *, size: tuple[float, float
     else:
         _draw_percentiles(figure, chart)
     figure.suptitle(chart.title, color=_INK, fontsize=12)
-    with written_whole(path) as unfinished:
-        figure.savefig(unfinished, format="png")
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    write_bytes(Path(path), picture.getvalue())
     return Path(path)
 
 
@@ -51,10 +54,14 @@ def _draw_curves(axes: Axes, chart: CurveChart) -> None:
         axes.axhline(height, color=colour("fifth"), linestyle=":", linewidth=1.3, label=name)
     if chart.log_x:
         axes.set_xscale("log")
+    if chart.log_y:
+        axes.set_yscale("log")
     if chart.y_range is not None:
         axes.set_ylim(*chart.y_range)
     axes.set_ylabel(chart.y_label)
-    axes.legend(frameon=False)
+    # Many names would cover the curves.
+    beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+    axes.legend(frameon=False, **(beside if len(chart.curves) > 4 else {}))
     _tidy(axes, chart.x_label)
 
 

@@ -1,5 +1,6 @@
 """Charts as plotly figures, in plain dictionaries."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -28,9 +29,10 @@ def _curves(chart: CurveChart) -> dict[str, Any]:
         line = {"color": colour(curve.colour), "width": 2, "dash": dash}
         data.append({**same, "y": middle, "name": curve.name, "line": line})
     x_axis: dict[str, Any] = {"title": {"text": chart.x_label}, "type": "log" if chart.log_x else "linear"}
-    y_axis: dict[str, Any] = {"title": {"text": chart.y_label}}
+    y_axis: dict[str, Any] = {"title": {"text": chart.y_label}, "type": "log" if chart.log_y else "linear"}
     if chart.y_range is not None:
-        y_axis["range"] = list(chart.y_range)
+        # plotly wants the ends of a logarithmic axis as powers of ten.
+        y_axis["range"] = [math.log10(end) if chart.log_y else end for end in chart.y_range]
     layout: dict[str, Any] = {"title": {"text": chart.title}, "xaxis": x_axis, "yaxis": y_axis}
     if chart.reference is not None:
         name, height = chart.reference

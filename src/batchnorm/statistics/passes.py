@@ -75,9 +75,7 @@ def call_moments(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any
     num_channels = layer.running_mean.numel()
     if moments.mean.numel() != num_channels:
         raise ValueError(f"expected {num_channels} channels, got input of shape {tuple(x.shape)}")
-    # A count in a tensor of integers would make float32 of every quotient of counts.
-    count = moments.count.double() if isinstance(moments.count, Tensor) else moments.count
-    return Moments(moments.mean.flatten(), moments.var.flatten(), count)
+    return Moments(moments.mean.flatten(), moments.var.flatten(), moments.count)
 
 
 class Passes:

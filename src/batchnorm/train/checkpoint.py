@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from batchnorm.train import files
+from batchnorm import files
 
 FORMAT = 1
 NUM_KEPT = 2

@@ -12,8 +12,8 @@ from types import FrameType
 import torch
 from torch import Tensor, nn
 
+from batchnorm import files
 from batchnorm.data import ImageData, batch_indices, to_input
-from batchnorm.train import files
 from batchnorm.train.build import build_model, build_optimizer, process_settings, resolve_device
 from batchnorm.train.checkpoint import (
     Checkpoint,

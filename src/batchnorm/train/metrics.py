@@ -6,7 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from batchnorm.train import files
+from batchnorm import files
 
 REFRESH_S = 0.2
 

@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from batchnorm import files
 from batchnorm.data import ImageData
-from batchnorm.train import files
 from batchnorm.train.checkpoint import find_checkpoint, load_checkpoint
 from batchnorm.train.recipe import Recipe
 

@@ -20,9 +20,10 @@ def run(argv: list[str]) -> None:
         "with BN",
         "difference",
         "speed-up",
-        title=f"{experiment.data}: test accuracy (%) after {experiment.steps:,} steps, {experiment.seeds} seeds",
-        caption="mean ± deviation; speed-up: how many times fewer steps BN needs for\n"
-        "the best accuracy that the network without it ever has (median of seeds)",
+        title=f"{experiment.data}: test accuracy (%) after {experiment.steps:,} steps, "
+        f"{experiment.seeds} seeds",
+        caption="speed-up: how many times fewer steps BN needs\n"
+        "for the best accuracy of the network without it",
     )
     for row in summary["rates"]:
         final, ratio = row["final"], row["speed_up"]["median_ratio"]

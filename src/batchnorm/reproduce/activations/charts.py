@@ -78,5 +78,10 @@ def drift_chart(summary: Mapping[str, Any]) -> CurveChart:
         for layer, moves in enumerate(summary["distributions"][kind]["drift"])
     ]
     return CurveChart(
-        "Drift of sigmoid inputs", "training steps", "widths per 1,000 steps", curves, log_x=True
+        "Drift of sigmoid inputs, mean over units and seeds",
+        "training steps",
+        "widths per 1,000 steps",
+        curves,
+        log_x=True,
+        log_y=True,
     )

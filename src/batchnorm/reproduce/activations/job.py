@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from batchnorm.data import ImageData, batch_indices, load, to_input
+from batchnorm.files import write_bytes
 from batchnorm.models.stack import StackedMLP
 from batchnorm.reproduce.activations.experiment import Activations
 from batchnorm.reproduce.pool import advance
 from batchnorm.statistics import recalibrate
-from batchnorm.train.files import write_bytes
 
 PERCENTILES = (15, 50, 85)
 

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from batchnorm.data import load
+from batchnorm.files import write_json
 from batchnorm.reproduce.activations.experiment import Activations
 from batchnorm.reproduce.activations.job import History, path_of, run_job
 from batchnorm.reproduce.activations.page import write_report
 from batchnorm.reproduce.activations.summary import Histories, summarize
 from batchnorm.reproduce.pool import num_cores, run_jobs
-from batchnorm.train.files import write_json
 from batchnorm.train.run import environment
 
 

@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from batchnorm.train import files
+from batchnorm import files
 
 
 def names(folder):

@@ -128,7 +128,8 @@ def explained(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
+            # With the name that the caller knows, not that of the unfinished file beside it.
+            raise type(error)(error.errno, f"cannot write ({error.strerror})", str(path)) from error
         raise OSError(
             error.errno,
             f"{os.strerror(error.errno)} while writing {path}. Nothing written earlier is lost: "
