@@ -454,7 +454,11 @@ def test_steps_whose_twins_are_in_doubt_keep_a_forward_as_it_is():
 # Choices.
 
 
-@pytest.mark.parametrize("before", ["relu", nn.ReLU, F.relu, torch.relu, ["relu"], (torch.relu_,)], ids=str)
+@pytest.mark.parametrize(
+    "before",
+    ["relu", nn.ReLU, F.relu, torch.relu, ["relu"], (torch.relu_,)],
+    ids=["name", "class", "functional", "function", "list", "in place"],
+)
 def test_one_kind_by_name_class_or_function(before):
     model = nn.Sequential(linear(), nn.ReLU(), linear(), nn.Tanh())
     _, report = insert(model, X, before=before)
