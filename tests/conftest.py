@@ -1,6 +1,7 @@
 """What every test can count on: fresh memory holds NaN, results repeat, real data are found or skipped."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -29,3 +30,20 @@ def real_data() -> Path:
         if folder and (Path(folder) / "mnist").is_dir():
             return Path(folder)
     pytest.skip("no MNIST on this machine: set BATCHNORM_DATA to a folder that holds mnist/")
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Headless Chromium, which logs its console and its requests."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("chromium or chromedriver is not installed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    flags = "--headless --no-sandbox --disable-gpu --disable-background-networking --window-size=1000,2600"
+    for flag in flags.split():
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    with webdriver.Chrome(options, webdriver.ChromeService(driver)) as driven:
+        yield driven

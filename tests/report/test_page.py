@@ -2,11 +2,11 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from browsing import requests_of
 
 from batchnorm.report import (
     Claim,
@@ -135,22 +135,6 @@ def test_bad_parts_are_refused():
         Figure("f", "", {"layout": {}})
 
 
-@pytest.fixture(scope="module")
-def browser():
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.skip("chromium or chromedriver is not installed")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    flags = "--headless --no-sandbox --disable-gpu --disable-background-networking --window-size=1000,2600"
-    for flag in flags.split():
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    with webdriver.Chrome(options, webdriver.ChromeService(driver)) as driven:
-        yield driven
-
-
 def test_chromium_shows_every_plot_without_error_or_request(browser, written):
     browser.get(written.as_uri())
     shown = browser.execute_script(
@@ -164,12 +148,7 @@ def test_chromium_shows_every_plot_without_error_or_request(browser, written):
     assert all(plot["lines"] >= plot["traces"] // 2 for plot in shown)
     assert all(plot["width"] > 600 for plot in shown)
     assert browser.get_log("browser") == []
-    requests = [
-        message["params"]["request"]["url"]
-        for entry in browser.get_log("performance")
-        if (message := json.loads(entry["message"])["message"])["method"] == "Network.requestWillBeSent"
-    ]
-    assert [url for url in requests if not url.startswith(("data:", "blob:"))] == [written.as_uri()]
+    assert requests_of(browser) == [written.as_uri()]
 
 
 def test_colours_follow_dark_mode(browser, written):
