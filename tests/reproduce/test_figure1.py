@@ -182,6 +182,11 @@ def test_summary_puts_the_right_seed_rate_and_kind_together(tmp_path):
     assert (first["compared"], first["mean_above"], first["pairs_above"]) == (1, 1, 1)
 
 
+@pytest.mark.parametrize(("rates", "headline"), [((0.5, 0.1), 0.1), ((1.0, 0.5), 0.5)])
+def test_the_headline_is_a_rate_that_was_trained(tmp_path, rates, headline):
+    assert small(tmp_path, rates=rates).headline_rate == headline
+
+
 def test_settings_survive_json(tmp_path):
     experiment = small(tmp_path)
     assert json.loads(json.dumps(experiment.science())) == experiment.science()

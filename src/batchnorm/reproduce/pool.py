@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.sharedctypes import Synchronized
 from typing import Any
 
@@ -50,6 +52,7 @@ def run_jobs(
 
     Raises:
         Exception: What a job raised; the jobs still waiting are not started.
+        RuntimeError: A process was killed from outside.
     """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -68,15 +71,22 @@ def run_jobs(
         TimeRemainingColumn(elapsed_when_finished=False),
     )
     with (
-        context.Pool(num_processes, initializer=_begin, initargs=(counter,)) as pool,
+        ProcessPoolExecutor(num_processes, context, initializer=_begin, initargs=(counter,)) as pool,
         Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar,
     ):
         task = bar.add_task(title, total=num_steps, rate="0")
-        waiting = [pool.apply_async(work, job) for job in jobs]
-        while waiting:
-            waiting[0].wait(0.25)
-            for done in [result for result in waiting if result.ready()]:
-                done.get()
-                waiting.remove(done)
-            speed = bar.tasks[0].speed
-            bar.update(task, completed=counter.value, rate="…" if speed is None else f"{speed:,.0f}")
+        waiting = {pool.submit(work, *job) for job in jobs}
+        try:
+            while waiting:
+                done, waiting = wait(waiting, timeout=0.25, return_when=FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+                speed = bar.tasks[0].speed
+                bar.update(task, completed=counter.value, rate="…" if speed is None else f"{speed:,.0f}")
+        except BrokenProcessPool:
+            raise RuntimeError(
+                f"{title}: a process was killed, perhaps for want of memory. What was finished is kept: "
+                f"give the same command again, with fewer --processes if memory is short"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)

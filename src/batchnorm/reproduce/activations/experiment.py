@@ -24,8 +24,8 @@ class Activations:
     """Number of seeds; each has its own initial weights and order of examples."""
     rates: tuple[float, ...] = (0.05, 0.1, 0.5, 1.0)
     """Learning rates of plain SGD."""
-    headline_rate: float = 0.1
-    """The rate that stands for the paper's, which gives none; must be one of the rates."""
+    headline_rate: float | None = None
+    """One of the rates, to stand for the paper's, which gives none (default: 0.1, or else the lowest)."""
     steps: int = 50_000
     """Training steps."""
     batch_size: int = 60
@@ -51,6 +51,8 @@ class Activations:
             raise ValueError(f"batch_size must be at least 2 for batch statistics, got {self.batch_size}")
         if not self.rates or min(self.rates) <= 0 or len(set(self.rates)) < len(self.rates):
             raise ValueError(f"rates must be positive and different from each other, got {self.rates}")
+        if self.headline_rate is None:
+            object.__setattr__(self, "headline_rate", 0.1 if 0.1 in self.rates else min(self.rates))
         if self.headline_rate not in self.rates:
             raise ValueError(f"headline_rate {self.headline_rate} is not one of the rates {self.rates}")
         if self.init_std <= 0:
