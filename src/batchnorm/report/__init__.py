@@ -1,12 +1,13 @@
 """Plain data in, one offline HTML page and its pictures out."""
 
-from batchnorm.report.charts import COLOURS, Curve, CurveChart, PercentileChart, PercentilePanel
+from batchnorm.report.charts import COLOURS, Chart, Curve, CurveChart, PercentileChart, PercentilePanel
 from batchnorm.report.page import Claim, Figure, Page, Section, Table, write_page
 from batchnorm.report.pictures import draw
 from batchnorm.report.plots import plot
 
 __all__ = [
     "COLOURS",
+    "Chart",
     "Claim",
     "Curve",
     "CurveChart",

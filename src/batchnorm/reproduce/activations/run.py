@@ -45,8 +45,9 @@ def run_experiment(experiment: Activations) -> dict[str, Any]:
         for normalize in (False, True)
     )
     summary = summarize(experiment, Histories(plain, bn))
+    # Of an uninterrupted run, or unknown.
     whole = len(missing) == len(wanted)
-    summary["wall_s"] = round(time.perf_counter() - start, 1) if whole else None  # of an uninterrupted run
+    summary["wall_s"] = round(time.perf_counter() - start, 1) if whole else _earlier_wall_s(experiment.out)
     write_json(experiment.out / "result.json", summary)
     write_report(summary, experiment.out, _footer(experiment, summary))
     return summary
@@ -85,6 +86,13 @@ def _claim(experiment: Activations) -> None:
         raise ValueError(
             f"{experiment.out} holds an experiment with other settings ({asked}): give another --out"
         )
+
+
+def _earlier_wall_s(out: Path) -> float | None:
+    try:
+        return json.loads((out / "result.json").read_text())["wall_s"]
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def _is_whole(path: Path) -> bool:
