@@ -32,15 +32,22 @@ def real_data() -> Path:
     pytest.skip("no MNIST on this machine: set BATCHNORM_DATA to a folder that holds mnist/")
 
 
+@pytest.fixture
+def browser(chromium):
+    """Headless Chromium, which logs its console and its requests, with nothing logged yet."""
+    for log in ("browser", "performance"):
+        chromium.get_log(log)
+    return chromium
+
+
 @pytest.fixture(scope="session")
-def browser():
-    """Headless Chromium, which logs its console and its requests."""
+def chromium():
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not chromium or not driver:
+    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not program or not driver:
         pytest.skip("chromium or chromedriver is not installed")
     options = webdriver.ChromeOptions()
-    options.binary_location = chromium
+    options.binary_location = program
     flags = "--headless --no-sandbox --disable-gpu --disable-background-networking --window-size=1000,2600"
     for flag in flags.split():
         options.add_argument(flag)
