@@ -232,6 +232,18 @@ def test_a_residual_joins_before_the_activation():
     torch.testing.assert_close(layer(x, shortcut), nn.functional.leaky_relu(plain(x) + shortcut))
 
 
+def test_an_activation_for_one_call_leaves_the_layer_as_it_is():
+    x, shortcut = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    layer, own = bn.BatchNorm2d(3), bn.BatchNorm2d(3, activation="silu")
+    assert torch.equal(layer(x, shortcut, activation="silu"), own(x, shortcut))
+    assert layer.activation is None
+    assert torch.equal(layer(x), bn.BatchNorm2d(3)(x))
+    with pytest.raises(ValueError, match=r"activation='silu' and is called with activation='relu'"):
+        own(x, activation="relu")
+    with pytest.raises(ValueError, match=r"unknown activation 'swish'"):
+        layer(x, activation="swish")
+
+
 def test_per_activation_is_batchnorm1d_of_the_flattened_example():
     layer, flat = bn.BatchNormPerActivation((2, 3, 4), activation="tanh"), nn.BatchNorm1d(24)
     for _ in range(3):
@@ -266,7 +278,7 @@ def test_one_node_under_fx_with_residual_and_mask():
             self.norm = bn.BatchNorm1d(3)
 
         def forward(self, x, mask):
-            return self.norm(x, residual=x, mask=mask) + self.norm(x)
+            return self.norm(x, residual=x, mask=mask, activation="relu") + self.norm(x)
 
     net = Net().eval()
     traced = torch.fx.symbolic_trace(net)

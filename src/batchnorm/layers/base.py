@@ -63,7 +63,14 @@ class Normalization(_BatchNorm):
         self.frozen = False
         self._widen_statistics()
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        activation: str | None = None,
+    ) -> Tensor:
         """``activation(BN(x) + residual)``.
 
         In training, by the moments of this batch, which also move the running statistics: once,
@@ -75,28 +82,41 @@ class Normalization(_BatchNorm):
             residual: Added before the activation, shape of ``x``.
             mask: Boolean, the shape of ``x`` without channels; true where a sample counts.
                 The others (padding) take no part in the statistics and give zeros.
+            activation: One of `batchnorm.functional.ACTIVATIONS`, for this call only, of a layer
+                that has none of its own.
 
         Returns:
             A tensor with the shape, dtype and memory layout of ``x``.
 
         Raises:
             TypeError: ``x`` is not floating point.
-            ValueError: A shape does not fit, or a batch has one value per channel in training.
+            ValueError: A shape does not fit, a batch has one value per channel in training, or
+                the layer has an activation of its own and is given another.
         """
         if isinstance(x, torch.fx.Proxy):
-            return _stay_whole(self, x, residual, mask)
+            return _stay_whole(self, x, residual=residual, mask=mask, activation=activation)
         try:
             self._check_input_dim(x)
-            return self._normalize(x, residual, mask)
+            return self._normalize(x, residual, mask, self._activation(activation))
         except (ValueError, TypeError) as error:
             if torch.compiler.is_compiling():
                 raise
             raise type(error)(f"{where(self)}: {error}") from None
 
-    def _normalize(self, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
+    def _activation(self, given: str | None) -> str | None:
+        if given is not None and self.activation is not None:
+            raise ValueError(
+                f"the layer has activation={self.activation!r} and is called with activation={given!r}: "
+                f"give it in one place only"
+            )
+        return self.activation if given is None else given
+
+    def _normalize(
+        self, x: Tensor, residual: Tensor | None, mask: Tensor | None, activation: str | None
+    ) -> Tensor:
         options: dict[str, Any] = {
             "eps": self.eps,
-            "activation": self.activation,
+            "activation": activation,
             "residual": residual,
             "mask": mask,
             "channel_dim": self.channel_dim,
@@ -177,9 +197,9 @@ class Normalization(_BatchNorm):
         self._widen_statistics()
 
 
-def _stay_whole(layer: Normalization, x: Any, residual: Any, mask: Any) -> Any:
+def _stay_whole(layer: Normalization, x: Any, **options: Any) -> Any:
     """One call_module node under any `torch.fx` tracer, as torch's own layers are."""
-    extra = {name: value for name, value in (("residual", residual), ("mask", mask)) if value is not None}
+    extra = {name: value for name, value in options.items() if value is not None}
     return x.tracer.create_proxy("call_module", x.tracer.path_of_module(layer), (x,), extra)
 
 

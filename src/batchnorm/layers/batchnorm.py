@@ -89,9 +89,11 @@ class BatchNormPerActivation(Normalization):
         for name, running in self._statistics().items():
             self.register_buffer(name, running.reshape(sizes))
 
-    def _normalize(self, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
+    def _normalize(
+        self, x: Tensor, residual: Tensor | None, mask: Tensor | None, activation: str | None
+    ) -> Tensor:
         residual = None if residual is None else residual.flatten(1)
-        return super()._normalize(x.flatten(1), residual, mask).reshape(x.shape)
+        return super()._normalize(x.flatten(1), residual, mask, activation).reshape(x.shape)
 
     def _vectors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         weight, bias, mean, var = (t if t is None else t.view(-1) for t in super()._vectors())
