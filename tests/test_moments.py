@@ -33,7 +33,7 @@ def test_any_split_merged_in_any_order_gives_the_moments_of_the_whole(cuts, offs
 
 
 def test_unequal_splits_weigh_by_count_not_by_batch():
-    # peers.md: averaging batches of 64 and 2 equally gave 0.66 where the population has 296.7.
+    # Averaging batches of 64 and 2 equally gave 0.66 where the population has 296.7.
     x = torch.cat([torch.randn(64, 1), 100 + torch.randn(2, 1)])
     merged = Moments.of(x[:64]).merge(Moments.of(x[64:]))
     torch.testing.assert_close(merged.unbiased(), x.var(0), rtol=1e-5, atol=0)

@@ -76,7 +76,7 @@ def test_state_dicts_load_both_ways_and_isinstance_holds(ours, theirs, shape):
     assert isinstance(mine, theirs)
 
 
-# The rows of peers.md about plain BN.
+# What torch.nn.BatchNorm is known to get wrong.
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
