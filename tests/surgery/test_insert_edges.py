@@ -96,7 +96,7 @@ LEFT_ALONE = {
     "hooks inside what would be inlined": (
         None,
         "block.act",
-        "the forward of the model would have to be rewritten, but block has forward hooks",
+        "the forward of the model would have to be rewritten, but block has hooks",
     ),
 }
 

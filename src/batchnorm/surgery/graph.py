@@ -71,7 +71,7 @@ class Trace:
             those of its call; after `measure`, ``shape``, ``dtype`` and
             ``device`` of its value.
         calls: In the order in which they began; the first is that of ``root``.
-        hooks: Paths of the modules with forward hooks, which the trace leaves out.
+        hooks: Paths of the modules with forward or backward hooks, which the trace leaves out.
         attributes: Paths of the plain attributes that the followed forwards read.
     """
 

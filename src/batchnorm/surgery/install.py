@@ -1,7 +1,7 @@
 """Normalizations put where they belong, with as little of the user's model changed as can be."""
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -9,7 +9,17 @@ from torch.fx import Node, Proxy
 
 from batchnorm.surgery.graph import Call, Trace, Untraceable, join
 from batchnorm.surgery.places import Place
-from batchnorm.surgery.rewrite import graphs_of, install, put, relative
+from batchnorm.surgery.rewrite import (
+    caller_of,
+    edges_of,
+    graphs_of,
+    innermost_single,
+    install,
+    put,
+    relative,
+    remark_on,
+    steps_of,
+)
 from batchnorm.surgery.roles import uses_of
 
 
@@ -70,7 +80,7 @@ def put_all(model: nn.Module, sites: Sequence[Site], own: tuple[type, ...]) -> d
         if wrapped is not None:
             _wrap(model, wrapped, site)
         else:
-            rewritten.setdefault(_innermost_single(site), []).append(site)
+            rewritten.setdefault(innermost_single(site.trace, steps_of(site.place)), []).append(site)
     for parent, wanted in additions.items():
         _add_children(model.get_submodule(parent.path), parent.path, wanted)
     remarks = {}
@@ -94,16 +104,6 @@ def _addition(site: Site) -> _Addition | None:
     return None
 
 
-def _caller(site: Site) -> Call:
-    """The innermost call whose forward makes all steps of the site."""
-    place = site.place
-    chains = []
-    for node in (place.producer,) if place.after else place.consumers:
-        chain = node.meta["call"].chain()
-        chains.append(chain[1:] if node.op == "call_module" else chain)
-    return next(call for call in chains[0] if all(call in chain for chain in chains))
-
-
 def _neighbours(site: Site) -> Iterator[Call]:
     """Calls of one tensor before (or after) which the layer could go without changing what it does.
 
@@ -111,8 +111,8 @@ def _neighbours(site: Site) -> Iterator[Call]:
     first (or last) thing in them: a SiLU written by hand is better left alone inside.
     """
     place = site.place
-    steps = (place.producer,) if place.after else place.consumers
-    start = steps[0].meta["call"] if len(steps) == 1 else _caller(site)
+    steps = steps_of(place)
+    start = steps[0].meta["call"] if len(steps) == 1 else caller_of(steps)
     for call in start.chain():
         if call.parent is None:
             return
@@ -177,16 +177,12 @@ def _free(name: str, taken: set[str]) -> str:
     return next(n for n in names if n not in taken)
 
 
-def _innermost_single(site: Site) -> Call:
-    return next(
-        call for call in _caller(site).chain() if call.parent is None or site.trace.times(call.path) == 1
-    )
-
-
 def _rewrite(model: nn.Module, call: Call, sites: Sequence[Site], own: tuple[type, ...]) -> str:
     whole = sites[0].trace
     try:
-        graphs = graphs_of(whole, call, [site.place for site in sites], own)
+        steps = [node for site in sites for node in steps_of(site.place)]
+        edges = [edge for site in sites for edge in edges_of(site.place)]
+        graphs = graphs_of(whole, call, steps, edges, own)
     except (ValueError, Untraceable) as why:
         for site in sites:
             site.reason = f"the forward of {call.path or 'the model'} would have to be rewritten, but {why}"
@@ -198,21 +194,9 @@ def _rewrite(model: nn.Module, call: Call, sites: Sequence[Site], own: tuple[typ
         site.layer.train(module.training)
         put(graphs, site.place, name)
         site.path = join(call.path, name)
-    remark = _remark(type(module), {name for piece in graphs.traces for name in piece.attributes})
+    remark = remark_on(module, graphs)
     install(module, graphs)
     return remark
-
-
-def _remark(cls: type, attributes: Collection[str]) -> str:
-    parts = [f"the forward of {cls.__name__} now runs a traced graph; class, attributes and methods are kept"]
-    if attributes:
-        parts.append(f"what it read from {', '.join(sorted(attributes))} is fixed at today's values")
-    methods = _methods(cls)
-    if methods:
-        parts.append(
-            f"methods of its own that do not go through forward run as before ({', '.join(methods)})"
-        )
-    return "; ".join(parts)
 
 
 def _name(site: Site, outer: Call) -> str:
@@ -225,10 +209,3 @@ def _name(site: Site, outer: Call) -> str:
     else:
         base = site.nonlinearity.name.rstrip("_0123456789")
     return base.replace(".", "_") + "_bn"
-
-
-def _methods(cls: type) -> list[str]:
-    """Public methods that the user's classes define beside ``forward``."""
-    classes = [c for c in cls.__mro__ if not c.__module__.startswith("torch.") and c is not object]
-    names = {name for c in classes for name, value in vars(c).items() if callable(value)}
-    return sorted(name for name in names if not name.startswith("_") and name != "forward")

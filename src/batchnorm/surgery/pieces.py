@@ -14,9 +14,9 @@ from batchnorm.surgery.tracer import trace
 
 
 def traces(
-    model: nn.Module, args: Sequence[Any], own: tuple[type, ...] = ()
+    model: nn.Module, args: Sequence[Any], own: tuple[type, ...] = (), *, training: bool = True
 ) -> tuple[list[Trace], list[Refusal], set[str]]:
-    """Follow a model's forward in training mode, whole or in pieces, and measure all shapes.
+    """Follow a model's forward, whole or in pieces, and measure all shapes.
 
     A piece is taken only if, on the example, it is called once and nothing inside it is called
     from elsewhere: then what the piece shows is all that happens to its modules.
@@ -25,26 +25,32 @@ def traces(
         model: Not changed.
         args: Example, positional arguments.
         own: Classes of the user's that are one step.
+        training: The mode in which it is followed.
 
     Returns:
         The traces, a refusal for each module whose own forward could not be followed, and the
         paths of all modules that are called.
     """
     try:
-        whole = _measured(model, args, {}, "", own)
+        whole = _measured(model, args, {}, "", own, training)
         return [whole], [], {call.path for call in whole.calls}
     except Untraceable as why:
         found: list[Trace] = []
         refusals = [Refusal("", _cannot(why))]
         records = _record(model, args)
-        _descend("", model, records, own, found, refusals)
+        _descend("", model, records, own, training, found, refusals)
         return found, refusals, set(records)
 
 
 def _measured(
-    module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], prefix: str, own: tuple[type, ...]
+    module: nn.Module,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    prefix: str,
+    own: tuple[type, ...],
+    training: bool,
 ) -> Trace:
-    traced, inputs = trace(module, args, kwargs, training=True, prefix=prefix, own=own)
+    traced, inputs = trace(module, args, kwargs, training=training, prefix=prefix, own=own)
     try:
         traced.measure(inputs)
     except Exception as error:  # followed in training mode, a forward may still fail in evaluation
@@ -99,6 +105,7 @@ def _descend(
     module: nn.Module,
     records: dict[str, _Record],
     own: tuple[type, ...],
+    training: bool,
     found: list[Trace],
     refusals: list[Refusal],
 ) -> None:
@@ -119,11 +126,11 @@ def _descend(
                 continue
             if _is_closed(inside, child, records):
                 try:
-                    found.append(_measured(child, record.args, record.kwargs, inside, own))
+                    found.append(_measured(child, record.args, record.kwargs, inside, own, training))
                     continue
                 except Untraceable as why:
                     refusals.append(Refusal(inside, _cannot(why)))
-        _descend(inside, child, records, own, found, refusals)
+        _descend(inside, child, records, own, training, found, refusals)
 
 
 def _is_closed(path: str, module: nn.Module, records: dict[str, _Record]) -> bool:

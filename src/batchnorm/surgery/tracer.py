@@ -47,11 +47,11 @@ def trace(
         twin.train(training)
     hooks = set()
     for path, module in twin.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks:
-            hooks.add(join(prefix, path))
-        # Hooks are the user's Python code and need not understand proxies.
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
+        for of_one_kind in hooks_of(module):
+            if of_one_kind:
+                hooks.add(join(prefix, path))
+            # Hooks are the user's Python code and need not understand proxies.
+            of_one_kind.clear()
 
     def stop(module: nn.Module, path: str) -> bool:
         return is_leaf(module, own) or (inline is not None and path not in inline)
@@ -66,6 +66,16 @@ def trace(
     except Exception as error:  # the user's forward may raise anything when it meets a proxy
         raise Untraceable(_phrase(error)) from error
     return Trace(twin, prefix, graph, tracer.calls, frozenset(hooks), frozenset(read)), tracer.inputs
+
+
+def hooks_of(module: nn.Module) -> list[dict[int, Any]]:
+    """The hooks of a module that see values: before and after its forward, and in the backward pass."""
+    return [
+        module._forward_pre_hooks,
+        module._forward_hooks,
+        module._backward_pre_hooks,
+        module._backward_hooks,
+    ]
 
 
 def _watch(module: nn.Module, path: str, read: set[str]) -> None:
