@@ -8,7 +8,7 @@ from batchnorm.diagnostics import watch
 from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormPerActivation
 from batchnorm.moments import Moments
 from batchnorm.statistics import recalibrate
-from batchnorm.surgery import fold, freeze, insert, thaw
+from batchnorm.surgery import accelerate, fold, freeze, insert, thaw
 
 __version__ = "0.1.0"
 
@@ -18,6 +18,7 @@ __all__ = [
     "BatchNorm3d",
     "BatchNormPerActivation",
     "Moments",
+    "accelerate",
     "fold",
     "freeze",
     "functional",

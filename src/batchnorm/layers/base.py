@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.functional import batch_norm, normalize_with
 from batchnorm.kernels.activations import check_activation
+from batchnorm.layers import recompute
 from batchnorm.layers.running import commit, is_recomputation
 from batchnorm.moments import Moments
 
@@ -123,8 +124,11 @@ class Normalization(_BatchNorm):
         }
         weight, bias, mean, var = self._vectors()
         if mean is not None and (self.frozen or not self.training):
-            return normalize_with(x, mean, var, weight, bias, **options)
+            y = normalize_with(x, mean, var, weight, bias, **options)
+            recompute.offer(y, x, [mean, var, weight, bias], **options)
+            return y
         y, moments = batch_norm(x, weight, bias, **options)
+        recompute.offer(y, x, [moments.mean, moments.var, weight, bias], **options)
         if self.training and self.track_running_stats and mean is not None and not is_recomputation():
             commit(mean, var, self.num_batches_tracked, moments, self.momentum)
         return y

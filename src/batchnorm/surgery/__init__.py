@@ -1,17 +1,20 @@
 """Operations on whole models: a model in, a new model and a report out."""
 
+from batchnorm.surgery.accelerate import AccelerateReport, accelerate
 from batchnorm.surgery.fold import FoldProof, FoldReport, fold
 from batchnorm.surgery.freeze import freeze, thaw
 from batchnorm.surgery.insert import insert
 from batchnorm.surgery.outcome import Change, Note, Refusal, SurgeryReport
 
 __all__ = [
+    "AccelerateReport",
     "Change",
     "FoldProof",
     "FoldReport",
     "Note",
     "Refusal",
     "SurgeryReport",
+    "accelerate",
     "fold",
     "freeze",
     "insert",

@@ -11,6 +11,7 @@ from torch.fx import Node
 from batchnorm.surgery.graph import Call, Trace
 from batchnorm.surgery.modes import Key, by_key, leaves, pair_up, unite
 from batchnorm.surgery.places import Place
+from batchnorm.surgery.saving import forget_outputs
 from batchnorm.surgery.tracer import trace
 
 Edge = tuple[Node, int]
@@ -184,6 +185,8 @@ def install(module: nn.Module, graphs: Graphs) -> None:
         "forward_source": "\n".join(source for _, source in compiled),
     }
     module.__class__ = type(cls.__name__, (cls,), body)
+    if getattr(cls, "forgets_outputs", False):
+        forget_outputs(module)
 
 
 def _compiled(module: nn.Module, piece: Trace) -> tuple[Callable[..., Any], str]:
