@@ -16,6 +16,7 @@ COMMANDS = {
         "batchnorm.cli.evaluate",
         "top-1 and top-5 accuracy of one run, or of several as an ensemble",
     ),
+    "bench": ("batchnorm.cli.bench", "speed and memory beside PyTorch's own, and the machine's limit"),
     "reproduce": ("batchnorm.cli.reproduce", "the paper's claims as experiments, ours beside its figures"),
 }
 """Subcommand to the module that has it and a line about it. The module has `run(argv: list[str]) -> None`

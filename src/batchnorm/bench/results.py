@@ -1,0 +1,88 @@
+"""What a benchmark leaves: a file with the machine's description, a table, a picture."""
+
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from batchnorm.files import write_json
+from batchnorm.train.run import environment
+
+
+def machine(*, huge_pages: bool) -> dict[str, Any]:
+    """What the figures depend on."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return {**environment(device), "huge_pages": huge_pages}
+
+
+def append(path: Path, kind: str, results: Any, *, huge_pages: bool) -> None:
+    """Add one occasion to a results file; earlier ones stay.
+
+    Raises:
+        ValueError: The file holds something else.
+    """
+    occasions: list[Any] = []
+    if path.exists():
+        try:
+            occasions = json.loads(path.read_text())["occasions"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} is no file of benchmark results ({error}): give another --out"
+            ) from None
+    occasion = {
+        "kind": kind,
+        "when": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": machine(huge_pages=huge_pages),
+        "results": results,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"occasions": [*occasions, occasion]})
+
+
+def default_path(kind: str) -> Path:
+    """``benchmarks/results/KIND-PROCESSOR.json`` below the current folder."""
+    found = machine(huge_pages=False)
+    name = found["device"] if found["device"] != "cpu" else found["cpu"]
+    tidy = re.sub(r"[^a-z0-9]+", "-", str(name).lower()).strip("-")
+    return Path("benchmarks") / "results" / f"{kind}-{tidy}.json"
+
+
+def groups(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Geometric means of speed-ups over the layers of each network, weighted by how often they occur.
+
+    Returns:
+        By group (network, dtype, layout, fusion): mean and smallest speed-up against each rival,
+        the share of the floor, and the number of cases whose numbers were wrong.
+    """
+    found: defaultdict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for row in rows:
+        found[f"{row['network']}, {row['dtype']}, {row['layout']}, {row['fusion']}"].append(row)
+    return {name: _group(members) for name, members in found.items()}
+
+
+def _group(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    right = [row for row in rows if row["right"]]
+    rivals = list(right[0]["speed_up"]) if right else []
+    return {
+        "cases": len(rows),
+        "wrong": len(rows) - len(right),
+        "speed_up": {
+            rival: _geometric_mean([(r["speed_up"][rival], r["count"]) for r in right]) for rival in rivals
+        },
+        "smallest": {rival: min(r["speed_up"][rival] for r in right) for rival in rivals},
+        "floor_share": {
+            kind: _geometric_mean([(row["floor_share"][kind], row["count"]) for row in rows])
+            for kind in ("fresh", "reused")
+        },
+    }
+
+
+def _geometric_mean(values: Sequence[tuple[float, int]]) -> float:
+    weight = sum(count for _, count in values)
+    return round(math.exp(sum(count * math.log(value) for value, count in values) / weight), 3)
