@@ -126,6 +126,7 @@ def test_the_command_measures_and_writes(tmp_path, capsys, monkeypatch):
     assert status == 0
     (occasion,) = json.loads(out.read_text())["occasions"]
     assert len(occasion["results"]) == 9
+    assert (tmp_path / "k.png").read_bytes().startswith(b"\x89PNG")
     assert all(row["right"] for row in occasion["results"])
     assert "BN kernels, huge pages off" in capsys.readouterr().out
 

@@ -130,7 +130,7 @@ def _bound(work: _Work, f: Callable[..., Tensor], parameters: list[Tensor]) -> C
 
 
 def _right(work: _Work, ours: Any, eager: Callable[..., Tensor], theirs: Any) -> bool:
-    """Whether each result of ours misses the float64 truth by at most twice what eager's does, and rounding."""
+    """Whether each result of ours misses the float64 truth at most twice as far as eager's, and rounding."""
 
     def doubled(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.detach().double().requires_grad_()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from batchnorm.files import write_json
+from batchnorm.report import Curve, CurveChart, draw
 from batchnorm.train.run import environment
 
 
@@ -51,6 +52,42 @@ def default_path(kind: str) -> Path:
     name = found["device"] if found["device"] != "cpu" else found["cpu"]
     tidy = re.sub(r"[^a-z0-9]+", "-", str(name).lower()).strip("-")
     return Path("benchmarks") / "results" / f"{kind}-{tidy}.json"
+
+
+def picture(rows: Sequence[Mapping[str, Any]], path: Path, *, rival: str = "eager, in place") -> Path:
+    """Draw the speed-up over ``rival`` against the size of the tensor, a curve for each kind of case.
+
+    Args:
+        rows: As `kernels.measure` gives them.
+        path: Of the PNG file.
+        rival: A contender.
+
+    Raises:
+        ValueError: No case has right numbers.
+        OSError: The file cannot be written.
+    """
+    width = {"float32": 4, "bfloat16": 2, "float16": 2}
+    points: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
+    for row in rows:
+        if rival in row["speed_up"]:
+            mebibytes = math.prod(row["shape"]) * width[row["dtype"]] / 2**20
+            points[f"{row['dtype']}, {row['layout']}, {row['fusion']}"].append(
+                (mebibytes, row["speed_up"][rival])
+            )
+    colours = ("#2b83d6", "#9cc7ef", "#e0701f", "#f3b98d", "#2e9d68", "#a5d8bf", "#b65fc4", "#dfb6e6")
+    curves = []
+    for i, (name, found) in enumerate(points.items()):
+        sizes, ratios = zip(*sorted(found), strict=True)
+        curves.append(Curve(name, sizes, ratios, colour=colours[i % 8]))
+    chart = CurveChart(
+        "BN (+ addition) + ReLU, forward and backward",
+        "size of the input (MiB)",
+        f"speed-up over {rival}",
+        curves,
+        log_x=True,
+        reference=("as fast", 1.0),
+    )
+    return draw(chart, path, size=(9, 4.6))
 
 
 def groups(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

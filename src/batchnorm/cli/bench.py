@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from batchnorm.bench.results import append, default_path, groups
+from batchnorm.bench.results import append, default_path, groups, picture
 from batchnorm.bench.shapes import SMALL_AND_ODD, inception_shapes, resnet50_shapes
 from batchnorm.bench.timing import HUGE_PAGES, environment
 
@@ -102,6 +102,8 @@ def run(argv: list[str]) -> None:
         with environment(**{HUGE_PAGES: str(int(huge_pages))}), ProcessPoolExecutor(1, context) as process:
             found = process.submit(measure, kind, options).result()
         append(path, kind, found, huge_pages=huge_pages)
+        if kind == "kernels" and any(row["right"] for row in found):
+            picture(found, path.with_name(f"{path.stem}{'-huge-pages' if huge_pages else ''}.png"))
         for table in TABLES[kind](found):
             table.title = f"{table.title}, huge pages {'on' if huge_pages else 'off'}"
             console.print(table)
