@@ -13,7 +13,7 @@ from batchnorm.surgery import nonlinearities
 from batchnorm.surgery.graph import Trace
 from batchnorm.surgery.rewrite import caller_of
 from batchnorm.surgery.roles import role_of
-from batchnorm.surgery.tracer import hooks_of
+from batchnorm.surgery.tracer import IN_PLACE_OPERATORS, hooks_of
 
 _CONSTANTS = {
     "leaky_relu": ("negative_slope", LEAKY_SLOPE),
@@ -21,11 +21,6 @@ _CONSTANTS = {
     "gelu": ("approximate", "none"),
 }
 """The one setting of an activation that must be torch's default."""
-
-_IN_PLACE = (
-    *("iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow"),
-    *("iand", "ior", "ixor", "ilshift", "irshift", "setitem"),
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,7 +188,10 @@ def overwrites(trace: Trace, node: Node) -> bool:
     """Whether a step writes into one of its arguments, as far as its name and settings tell."""
     if node.op not in ("call_module", "call_function", "call_method"):
         return False
-    if node.op == "call_function" and getattr(node.target, "__name__", "") in _IN_PLACE:
+    if node.op == "call_function" and getattr(node.target, "__name__", "") in (
+        *IN_PLACE_OPERATORS,
+        "setitem",
+    ):
         return True
     return "out" in node.kwargs or nonlinearities.works_in_place(node, trace.module(node))
 

@@ -26,9 +26,10 @@ def fuse_all(
     """Fuse in a model whose normalizations are all ours.
 
     Where one forward calls the normalization and then the activation, each a module that is called
-    once, the layer carries the activation and an ``nn.Identity`` takes its place. Otherwise the
-    forward of the innermost module around that runs once is rewritten from its graph, in which the
-    layer is told its activation and residual call by call.
+    once, and no other method of that class might call them otherwise, the layer carries the
+    activation and an ``nn.Identity`` takes its place. Otherwise the forward of the innermost module
+    around that runs once is rewritten from its graph, in which the layer is told its activation and
+    residual call by call.
 
     Args:
         model: Changed in place; of the same structure as the traced one.
@@ -45,10 +46,10 @@ def fuse_all(
         for fusion in fusions
     }
     _settle(homes)
-    remarks: dict[str, str] = {}
     for fusion in [fusion for fusion, home in homes.items() if home is None]:
-        remarks |= _carry(model, fusion)
+        _carry(model, fusion)
     refused: dict[Fusion, str] = {}
+    remarks: dict[str, str] = {}
     for home in dict.fromkeys(home for home in homes.values() if home is not None):
         inside = [fusion for fusion in fusions if homes[fusion] is home]
         _rewrite(model, home, inside, refused, remarks)
@@ -79,6 +80,9 @@ def _can_carry(model: nn.Module, fusion: Fusion, evaluation: Evaluation) -> bool
     traces = (fusion.trace, *evaluation.traces)
     if fusion.add is not None or fusion.act.op != "call_module" or norm.parent is not act.parent:
         return False
+    if methods_of(type(model.get_submodule(norm.parent.path))):
+        # Another method may call the layer without the activation, and must go on as before.
+        return False
     if any(trace.times(norm.path) > 1 for trace in traces):
         return False
     if _in_sequential(fusion):
@@ -96,7 +100,7 @@ def _in_sequential(fusion: Fusion) -> bool:
     return is_plain and fusion.trace.times(parent.path) == 1
 
 
-def _carry(model: nn.Module, fusion: Fusion) -> dict[str, str]:
+def _carry(model: nn.Module, fusion: Fusion) -> None:
     norm, act = fusion.norm.meta["call"], fusion.act.meta["call"]
     parent = act.parent
     vars(model.get_submodule(norm.path))["activation"] = fusion.activation
@@ -108,14 +112,6 @@ def _carry(model: nn.Module, fusion: Fusion) -> dict[str, str]:
         path, _, name = act.path.rpartition(".")
         old = model.get_submodule(act.path)
         setattr(model.get_submodule(path), name, nn.Identity().train(old.training))
-    owner = type(model.get_submodule(parent.path))
-    methods = methods_of(owner)
-    if not methods or owner.__module__.startswith("torch."):
-        return {}
-    return {
-        parent.path: f"a method of its own that calls a normalization without its activation "
-        f"({', '.join(methods)}) now gets both"
-    }
 
 
 def _rewrite(

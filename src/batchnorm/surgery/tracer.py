@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,11 @@ from batchnorm.surgery.graph import Call, Trace, Untraceable, is_leaf, join
 from batchnorm.surgery.models import skeleton
 
 _MOST_OF_A_MESSAGE = 160
+IN_PLACE_OPERATORS = (
+    *("iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow"),
+    *("iand", "ior", "ixor", "ilshift", "irshift"),
+)
+"""Names in `operator` of the steps that overwrite their first argument."""
 
 
 def trace(
@@ -190,6 +196,9 @@ class _Tracer(fx.Tracer):
         names = (f"{prefix}{i}" for i in itertools.count())
         return next(name for name in names if not hasattr(self.root, name))
 
+    def proxy(self, node: Node) -> Proxy:
+        return _Proxy(node, self)
+
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> Node:
         node = super().create_node(kind, *args, **kwargs)
         call = node.meta["call"] = self._call
@@ -198,6 +207,22 @@ class _Tracer(fx.Tracer):
             node.meta["key"] = (tuple(c.position for c in call.chain()[:-1]), call.num_nodes)
             call.num_nodes += 1
         return node
+
+
+class _Proxy(Proxy):
+    """Writes ``x += y`` down as what it is: an operation that overwrites x."""
+
+
+def _in_place(name: str) -> Callable[[Proxy, Any], Proxy]:
+    def operate(self: Proxy, other: Any) -> Proxy:
+        proxy: Proxy = self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
+        return proxy
+
+    return operate
+
+
+for _name in IN_PLACE_OPERATORS:
+    setattr(_Proxy, f"__{_name}__", _in_place(_name))
 
 
 def _holds_a_tensor(value: Any) -> bool:
