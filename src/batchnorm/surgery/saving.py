@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from batchnorm.layers.recompute import Saver, active, can_forget
-from batchnorm.surgery.models import copied, outputs
+from batchnorm.surgery.models import copied, fixed_randomness
 
 
 def forget_outputs(model: nn.Module) -> None:
@@ -53,9 +54,11 @@ def bytes_for_backward(model: nn.Module, args: Sequence[Any], *, forget: bool) -
         forget: Whether outputs of normalizations are forgotten.
     """
     model = copied(model).train()
-    own = [*model.parameters(), *model.buffers(), *(a for a in args if isinstance(a, torch.Tensor))]
-    with torch.enable_grad(), Saver(forget=forget) as saver:
-        results = outputs(model, args)
+    # A forward may write into its example.
+    given = tree_map(lambda a: a.clone() if isinstance(a, Tensor) else a, tuple(args))
+    own = [*model.parameters(), *model.buffers(), *(a for a in tree_leaves(given) if isinstance(a, Tensor))]
+    with torch.enable_grad(), fixed_randomness(model), Saver(forget=forget) as saver:
+        result = model(*given)
     count = saver.num_bytes({t.untyped_storage().data_ptr() for t in own})
-    del results
+    del result  # until here: with it goes the graph
     return count
