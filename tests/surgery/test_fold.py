@@ -249,14 +249,6 @@ def own_norm():
     return nn.Sequential(conv(), trained(cls(4))).eval()
 
 
-def with_residual():
-    return net(
-        lambda self, x: self.bn(self.conv(x), residual=x[:, :1, 1:-1, 1:-1].expand(-1, 4, -1, -1)),
-        conv=conv(),
-        bn=trained(layers.BatchNorm2d(4)),
-    )
-
-
 def untraceable():
     return net(
         lambda self, x: self.bn(self.conv(x)) if x.sum() < 1e9 else x,
@@ -303,12 +295,6 @@ REFUSED = {
         IMAGE,
         "bn",
         "the forward uses parameters of a by itself too",
-    ),
-    "residual given": (
-        with_residual,
-        IMAGE,
-        "bn",
-        "it is called with more than its input (a residual or a mask)",
     ),
     "no running statistics": (
         lambda: nn.Sequential(conv(), nn.BatchNorm2d(4, track_running_stats=False)).eval(),

@@ -3,5 +3,14 @@
 from batchnorm.layers.adopt import adopt
 from batchnorm.layers.base import Normalization
 from batchnorm.layers.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormPerActivation
+from batchnorm.layers.joined import Joined
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "BatchNormPerActivation", "Normalization", "adopt"]
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "BatchNormPerActivation",
+    "Joined",
+    "Normalization",
+    "adopt",
+]

@@ -1,14 +1,15 @@
 """Batch normalization composed into the affine layer before it: Algorithm 2, line 11."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from batchnorm.layers import Joined
 from batchnorm.surgery.foldable import pairs_of
-from batchnorm.surgery.graph import Untraceable
+from batchnorm.surgery.graph import Trace, Untraceable
 from batchnorm.surgery.models import as_args, check_example, check_model, copied
 from batchnorm.surgery.outcome import Change, Refusal, SurgeryReport, table
 from batchnorm.surgery.pairs import FoldProof, fold_pair, prove_pair
@@ -54,8 +55,9 @@ def fold(model: nn.Module, example: Tensor | tuple[Any, ...]) -> tuple[nn.Module
     ``Linear`` directly followed by one normalization over their output channels, where the trace
     shows that nothing else sees the value between. Weights are computed in float64. Each pair is
     proved by itself on demanding inputs, then the whole model on the example; what misses is
-    refused. An ``nn.Identity``, or the activation that the layer carried, stays in the
-    normalization's place, so the classes and forwards of the model are the user's.
+    refused. An ``nn.Identity``, the activation that the layer carried, or the sum with the residual
+    that it was given stays in the normalization's place, so the classes and forwards of the model
+    are the user's.
 
     Args:
         model: In evaluation mode; not changed.
@@ -92,8 +94,9 @@ def fold(model: nn.Module, example: Tensor | tuple[Any, ...]) -> tuple[nn.Module
             refusals.append(Refusal(norm, proof))
         else:
             proofs[affine, norm] = proof
-    new, miss = _whole(model, args, proofs, refusals)
-    changes = tuple(Change(norm, _change(model.get_submodule(norm), affine)) for affine, norm in proofs)
+    joined = _joined(traced)
+    new, miss = _whole(model, args, proofs, joined, refusals)
+    changes = tuple(Change(norm, _change(new.get_submodule(norm), affine)) for affine, norm in proofs)
     order = {path: i for i, path in enumerate(norms)}
     refusals.sort(key=lambda refusal: order.get(refusal.where, -1))
     return new, FoldReport(changes, tuple(refusals), check=miss, folds=tuple(proofs.values()))
@@ -109,15 +112,22 @@ def _check_mode(model: nn.Module) -> None:
             )
 
 
-def _apply(model: nn.Module, pairs: Sequence[tuple[str, str]]) -> nn.Module:
+def _joined(traced: Trace) -> set[str]:
+    """Paths of the modules that are called with more than their input: a residual or an activation."""
+    return {
+        node.meta["call"].path
+        for node in traced.graph.nodes
+        if node.op == "call_module" and len(node.args) + len(node.kwargs) > 1
+    }
+
+
+def _apply(model: nn.Module, pairs: Sequence[tuple[str, str]], joined: Collection[str]) -> nn.Module:
     """A copy of the model with the pairs folded."""
     new = copied(model)
     for affine, norm in pairs:
         _replace(new, affine, fold_pair(new.get_submodule(affine), new.get_submodule(norm)))
         layer = new.get_submodule(norm)
-        carried = getattr(layer, "activation", None)
-        instead = nn.Identity() if carried in (None, "identity") else _ACTIVATIONS[carried]()
-        _replace(new, norm, instead.train(layer.training))
+        _replace(new, norm, _instead(layer, norm in joined).train(layer.training))
     return new
 
 
@@ -127,16 +137,25 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
         setattr(model.get_submodule(parent), name, module)
 
 
-def _change(norm: nn.Module, affine: str) -> str:
+def _instead(norm: nn.Module, joined: bool) -> nn.Module:
+    """What takes the place of a normalization whose linear map is elsewhere."""
     carried = getattr(norm, "activation", None)
-    left = "nn.Identity" if carried in (None, "identity") else f"nn.{_ACTIVATIONS[carried].__name__}"
-    return f"folded into {affine}; {left} is in its place"
+    if joined:
+        return Joined(carried)
+    return nn.Identity() if carried in (None, "identity") else _ACTIVATIONS[carried]()
+
+
+def _change(left: nn.Module, affine: str) -> str:
+    if isinstance(left, Joined):
+        return f"folded into {affine}; batchnorm's Joined, for the residual or activation, is in its place"
+    return f"folded into {affine}; nn.{type(left).__name__} is in its place"
 
 
 def _whole(
     model: nn.Module,
     args: Sequence[Any],
     proofs: dict[tuple[str, str], FoldProof],
+    joined: Collection[str],
     refusals: list[Refusal],
 ) -> tuple[nn.Module, float | None]:
     """The folded model and its difference on the example; folds that spoil it are taken out of ``proofs``."""
@@ -146,7 +165,7 @@ def _whole(
     limit = allowed(wide)
 
     def miss(pairs: Sequence[tuple[str, str]]) -> float:
-        return largest_difference(wide, _apply(wide, pairs), wide_args)
+        return largest_difference(wide, _apply(wide, pairs, joined), wide_args)
 
     if not miss(list(proofs)) <= limit:
         # Alone each pair was right: the forward must see something the trace does not show.
@@ -162,5 +181,5 @@ def _whole(
             reason = f"undone: the folds together make the model's output differ by {together:.1e}"
             refusals += [Refusal(norm, reason) for _, norm in proofs]
             proofs.clear()
-    new = _apply(model, list(proofs))
+    new = _apply(model, list(proofs), joined)
     return new, largest_difference(copied(model), copied(new), args) if proofs else None

@@ -71,8 +71,10 @@ def _sharing(model: nn.Module) -> dict[str, str]:
 def _norm_reason(norm: nn.Module, node: Node) -> str:
     """Why a normalization cannot be folded wherever it stands."""
     value = input_of(node)
-    if value is None or any(a is not None and a is not value for a in (*node.args, *node.kwargs.values())):
-        return "it is called with more than its input (a residual or a mask)"
+    if value is None or len(node.args) > 2 or node.kwargs.get("mask") is not None:
+        return "it is called with a mask"
+    if value in (*node.args[1:], *node.kwargs.values()):
+        return "its input is its residual too"
     if isinstance(norm, BatchNormPerActivation):
         return "it normalizes every activation by itself, which no convolution can do"
     base = next(cls for cls in type(norm).__mro__ if cls.__module__.split(".")[0] in ("torch", "batchnorm"))
