@@ -15,7 +15,7 @@ import triton.language as tl
 
 from batchnorm.kernels.gpu_activations import chain
 from batchnorm.kernels.gpu_forward import before_activation, scale_and_shift
-from batchnorm.kernels.gpu_tiles import locate, own_share, spread, total
+from batchnorm.kernels.gpu_tiles import last_first, locate, share_of, spread, total
 
 
 @triton.jit
@@ -103,7 +103,7 @@ def reduce_backward(
     on the way. Without ``partial_ptr`` the sums are final: ∂γ, ∂β and ∂x follow.
     """
     S = runs * ALIGN
-    c, split, first, last = own_share(C, num_tiles, tiles_per_split, BLOCK_C)
+    c, split, first, last = share_of(tl.program_id(0), C, num_tiles, tiles_per_split, BLOCK_C)
     mean = tl.load(mean_ptr + c, mask=c < C, other=0.0).to(COMPUTE)
     var = tl.load(var_ptr + c, mask=c < C, other=0.0).to(COMPUTE)
     scale, shift = scale_and_shift(gamma_ptr, beta_ptr, var, c, C, EPS, COMPUTE)
@@ -217,7 +217,7 @@ def input_gradient(
 ):
     """∂x by the sums in memory: the last stage of the backward pass of long channels."""
     S = runs * ALIGN
-    c, _, first, last = own_share(C, num_tiles, tiles_per_split, BLOCK_C)
+    c, _, first, last = share_of(last_first(), C, num_tiles, tiles_per_split, BLOCK_C)
     mean = tl.load(mean_ptr + c, mask=c < C, other=0.0).to(COMPUTE)
     var = tl.load(var_ptr + c, mask=c < C, other=0.0).to(COMPUTE)
     dgamma = tl.load(dgamma_ptr + c, mask=c < C, other=0.0)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from batchnorm.kernels.gpu_activations import activate
-from batchnorm.kernels.gpu_tiles import locate, moments_of_tiles, own_share, spread
+from batchnorm.kernels.gpu_tiles import last_first, locate, moments_of_tiles, share_of, spread
 
 
 @triton.jit
@@ -97,7 +97,7 @@ def reduce_forward(
 ):
     """Moments of this program's tiles; without ``partial_ptr`` they are final, and y follows."""
     S = runs * ALIGN
-    c, split, first, last = own_share(C, num_tiles, tiles_per_split, BLOCK_C)
+    c, split, first, last = share_of(tl.program_id(0), C, num_tiles, tiles_per_split, BLOCK_C)
     count, mean, squares = moments_of_tiles(
         x_ptr, mask_ptr, c, first, last, N, C, S, tiles_s, BLOCK_N, BLOCK_C, BLOCK_S, INDEX, COMPUTE
     )
@@ -184,7 +184,7 @@ def normalize(
     ACTIVATION: tl.constexpr,
 ):
     """The transform by moments in memory: the last stage of training, or all of evaluation."""
-    c, _, first, last = own_share(C, num_tiles, tiles_per_split, BLOCK_C)
+    c, _, first, last = share_of(last_first(), C, num_tiles, tiles_per_split, BLOCK_C)
     mean = tl.load(mean_ptr + c, mask=c < C, other=0.0).to(COMPUTE)
     var = tl.load(var_ptr + c, mask=c < C, other=0.0).to(COMPUTE)
     transform_tiles(

@@ -12,10 +12,12 @@ TILE = 4096
 RUN = 64
 """Neighbours in memory that a tile should at least reach over: 128 bytes of 16-bit values."""
 LONGEST_RUN = 1024
-MAX_SPLITS = 1024
+MAX_SPLITS = 512
+"""More would make merging them a share of the whole."""
 WHOLE_TILES = 8
 """Up to so many tiles, one program reads a block of channels twice: the second time from cache."""
-PROGRAMS_PER_PROCESSOR = 8
+PROGRAMS_PER_PROCESSOR = 16
+"""Two to five run at a time; with several rounds of them, the last one leaves little idle."""
 INT32_VALUES = 2**31
 """From so many values on, offsets do not fit into 32 bits."""
 

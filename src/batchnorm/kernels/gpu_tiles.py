@@ -9,13 +9,19 @@ import triton.language as tl
 
 
 @triton.jit
-def own_share(C, num_tiles, tiles_per_split, BLOCK_C: tl.constexpr):
-    """This program's channels, its split, and its tiles from first to one past the last."""
+def share_of(program, C, num_tiles, tiles_per_split, BLOCK_C: tl.constexpr):
+    """A program's channels, its split, and its tiles from first to one past the last."""
     num_blocks = tl.cdiv(C, BLOCK_C)
-    split = tl.program_id(0) // num_blocks
-    c = (tl.program_id(0) % num_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    split = program // num_blocks
+    c = (program % num_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     first = split * tiles_per_split
     return c, split, first, tl.minimum(first + tiles_per_split, num_tiles)
+
+
+@triton.jit
+def last_first():
+    """This program's number from behind: what was read last is in the cache, so begin with it."""
+    return tl.num_programs(0) - 1 - tl.program_id(0)
 
 
 @triton.jit
