@@ -3,14 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from gpu_cases import DEVICE, INTERPRETED, compare, layouts, needs_device, small_tiles, transform
+from gpu_cases import DEVICE, INTERPRETED, compare, layouts, need_device, small_tiles, transform
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from batchnorm.kernels import gpu, gpu_plan
 from batchnorm.kernels.activations import TABLE
 
-pytestmark = needs_device
+need_device()
 PLAIN = (None, None, None, None, 1e-5, "identity")
 
 
