@@ -1,10 +1,8 @@
 """Batch Normalization as pure functions of tensors; running averages are the layers' business."""
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from batchnorm.kernels import ops, reference
+from batchnorm.kernels import dispatch, eager, native, ops, reference
 from batchnorm.kernels.activations import TABLE, check_activation
 from batchnorm.moments import Moments, check_mask
 
@@ -62,11 +60,9 @@ def batch_norm(
             f"epoch, or normalize with running statistics)"
         )
     if channel_dim == -1:
-        flat, shape = _rows, x.shape
-        residual = None if residual is None else flat(residual)
-        mask = None if mask is None else mask.reshape(-1)
-        y, moments = _normalize(flat(x), weight, bias, residual, mask, eps, name)
-        return y.reshape(shape), moments
+        rows, residual, mask = _rows(x, residual, mask)
+        y, moments = _normalize(rows, weight, bias, residual, mask, eps, name)
+        return y.reshape(x.shape), moments
     return _normalize(x, weight, bias, residual, mask, eps, name)
 
 
@@ -100,24 +96,25 @@ def normalize_with(
     Source: Ioffe & Szegedy (2015), Algorithm 2, line 11.
     """
     name = _check(x, weight, bias, eps, activation, residual, mask, channel_dim)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    rows = _rows(x) if channel_dim == -1 else x
-    weight, bias = (t if t is None else t.to(wide) for t in (weight, bias))
-    y = F.batch_norm(rows, mean.to(wide), var.to(wide), weight, bias, False, 0.0, eps)
-    return _finish(y.reshape(x.shape), residual, mask, name, channel_dim)
-
-
-def _rows(t: Tensor) -> Tensor:
-    return t.reshape(-1, t.shape[-1])
-
-
-def _finish(
-    y: Tensor, residual: Tensor | None, mask: Tensor | None, activation: str, channel_dim: int
-) -> Tensor:
+    shape = x.shape
+    if channel_dim == -1:
+        x, residual, mask = _rows(x, residual, mask)
     if residual is not None:
-        y = y + residual.to(y.dtype)
-    y = TABLE[activation].value(y)
-    return y if mask is None else torch.where(mask.unsqueeze(channel_dim), y, 0)
+        residual = residual.to(x.dtype)
+    arguments = (x, mean, var, weight, bias, residual, mask, eps, name)
+    if x.numel() and dispatch.runs_eagerly(x, mean, var, weight, bias, residual):
+        kernel = dispatch.choose(x, weight, bias, residual, mask, name)
+        if kernel is not dispatch.KERNELS["torch"]:
+            return eager.apply(kernel, *arguments).reshape(shape)
+    # PyTorch's operations, which every transform and compiler knows.
+    return (native if mask is None else reference).apply(*arguments).reshape(shape)
+
+
+def _rows(
+    x: Tensor, residual: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    residual = None if residual is None else residual.reshape(-1, x.shape[-1])
+    return x.reshape(-1, x.shape[-1]), residual, None if mask is None else mask.reshape(-1)
 
 
 def _normalize(
@@ -129,31 +126,22 @@ def _normalize(
     eps: float,
     activation: str,
 ) -> tuple[Tensor, Moments]:
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if residual is not None:
+        residual = residual.to(x.dtype)
+    arguments = (x, weight, bias, residual, mask, eps, activation)
+    if x.numel() and dispatch.runs_eagerly(x, weight, bias, residual):
+        kernel = dispatch.choose(x, weight, bias, residual, mask, activation)
+        if kernel is dispatch.KERNELS["torch"]:
+            return native.forward(*arguments)
+        return eager.normalize(kernel, *arguments)
+    if dispatch.is_transformed():
         # vmap, jvp and their compositions go through plain operations, which they all know.
-        y, moments = reference.forward(x, weight, bias, residual, mask, eps, activation)
+        y, moments = reference.forward(*arguments)
         return y, Moments(moments.mean.detach(), moments.var.detach(), moments.count)
     if mask is None and x.numel():
-        return _torch_normalize(x, weight, bias, residual, eps, activation)
-    y, mean, var, count = ops.normalize(x, weight, bias, residual, mask, eps, activation)
+        return native.forward(*arguments)
+    y, mean, var, count = ops.normalize(*arguments)
     return y, Moments(mean, var, count if mask is not None else 0)
-
-
-def _torch_normalize(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    activation: str,
-) -> tuple[Tensor, Moments]:
-    """PyTorch's own kernel, which has no mask; it hands out moments only as running averages."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    weight, bias = (t if t is None else t.to(wide) for t in (weight, bias))
-    mean, unbiased = x.new_zeros(x.shape[1], dtype=wide), x.new_zeros(x.shape[1], dtype=wide)
-    y = F.batch_norm(x, mean, unbiased, weight, bias, True, 1.0, eps)
-    count = x.numel() // x.shape[1]
-    return _finish(y, residual, None, activation, 1), Moments(mean, unbiased * ((count - 1) / count), count)
 
 
 def _check(

@@ -42,5 +42,5 @@ def test_normalize_backward_keeps_its_contract(case):
     x, gamma, beta, residual, mask, eps, activation = arguments(**case)
     y, mean, var, count = ops.normalize(x, gamma, beta, residual, mask, eps, activation)
     dy = torch.randn_like(y).requires_grad_()
-    inputs = (dy, x, gamma, beta, residual, mask, mean, var, count, eps, activation)
+    inputs = (dy, x, None, gamma, beta, residual, mask, mean, var, count, eps, activation)
     opcheck(torch.ops.batchnorm.normalize_backward.default, inputs)

@@ -32,7 +32,7 @@ def test_backward_is_the_gradient_of_forward(activation, masked):
     dy = torch.randn_like(y)
     expected = torch.autograd.grad(y, (x, gamma, beta, residual), dy)
     with torch.no_grad():
-        found = reference.backward(dy, x, gamma, beta, residual, mask, moments, 1e-3, activation)
+        found = reference.backward(dy, x, None, gamma, beta, residual, mask, moments, 1e-3, activation)
     for name, f, e in zip(("x", "gamma", "beta", "residual"), found, expected, strict=True):
         torch.testing.assert_close(f, e, rtol=1e-11, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
 
@@ -41,7 +41,9 @@ def test_gradient_of_each_channel_is_orthogonal_to_ones_and_to_x_hat():
     # Adding a constant to a channel, or scaling it (eps = 0), does not change y: so no gradient that way.
     x = torch.randn(6, 3, 4, dtype=torch.float64) * 3 + 1
     y, moments = reference.forward(x, None, None, None, None, 0.0, "identity")
-    dx, _, _, _ = reference.backward(torch.randn_like(y), x, None, None, None, None, moments, 0.0, "identity")
+    dx, _, _, _ = reference.backward(
+        torch.randn_like(y), x, None, None, None, None, None, moments, 0.0, "identity"
+    )
     assert dx.sum((0, 2)).abs().max() < 1e-13
     assert (dx * y).sum((0, 2)).abs().max() < 1e-13
 

@@ -1,1 +1,5 @@
-"""Algorithm 1: the operator contracts, the reference, and the activations they can carry."""
+"""Algorithm 1: its kernels, the choice between them, the operators, and the activations they carry."""
+
+from batchnorm.kernels.dispatch import use
+
+__all__ = ["use"]

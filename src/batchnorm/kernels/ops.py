@@ -6,7 +6,8 @@ Registered with `torch.library`, so `torch.compile`, `torch.export` and `opcheck
 import torch
 from torch import Tensor
 
-from batchnorm.kernels import reference
+from batchnorm.kernels import dispatch, reference
+from batchnorm.kernels.contract import SIGN_IS_ENOUGH, Kernel
 from batchnorm.moments import Moments
 
 
@@ -20,8 +21,9 @@ def normalize(
     eps: float,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`reference.forward` as an operator: y, mean, biased variance and count (int64, shape ())."""
-    y, moments = reference.forward(x, gamma, beta, residual, mask, eps, activation)
+    """`Kernel.forward` as an operator: y, mean, biased variance and count (int64, shape ())."""
+    kernel = _kernel(x, gamma, beta, residual, mask, activation)
+    y, moments = kernel.forward(x, gamma, beta, residual, mask, eps, activation)
     count = torch.as_tensor(moments.count, dtype=torch.int64, device=x.device)
     return _laid_out_as(x, y), moments.mean, moments.var, count
 
@@ -44,6 +46,7 @@ def _(
 def normalize_backward(
     dy: Tensor,
     x: Tensor,
+    y: Tensor | None,
     gamma: Tensor | None,
     beta: Tensor | None,
     residual: Tensor | None,
@@ -54,16 +57,21 @@ def normalize_backward(
     eps: float,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`reference.backward` as an operator: ∂x, ∂γ, ∂β (float32 or wider) and ∂residual."""
-    moments = Moments(mean, var, count)
-    dx, dgamma, dbeta, dz = reference.backward(dy, x, gamma, beta, residual, mask, moments, eps, activation)
-    return _laid_out_as(x, dx), dgamma, dbeta, _laid_out_as(x, dz)
+    """`Kernel.backward` as an operator; without a residual (given, or told by ``y``) the last is empty."""
+    kernel, moments = _kernel(x, gamma, beta, residual, mask, activation), Moments(mean, var, count)
+    dx, dgamma, dbeta, dz = kernel.backward(dy, x, y, gamma, beta, residual, mask, moments, eps, activation)
+    if dz is None:
+        dz = x.new_empty(0)
+    else:
+        dz = torch.empty_like(x).copy_(dz) if dz is dy else _laid_out_as(x, dz)
+    return _laid_out_as(x, dx), dgamma, dbeta, dz
 
 
 @normalize_backward.register_fake
 def _(
     dy: Tensor,
     x: Tensor,
+    y: Tensor | None,
     gamma: Tensor | None,
     beta: Tensor | None,
     residual: Tensor | None,
@@ -74,31 +82,52 @@ def _(
     eps: float,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean), torch.empty_like(x)
+    dz = x.new_empty(0) if y is None and residual is None else torch.empty_like(x)
+    return torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean), dz
+
+
+def _kernel(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    activation: str,
+) -> Kernel:
+    # Fast kernels take tensors that hold something.
+    if not x.numel():
+        return dispatch.KERNELS["reference"]
+    return dispatch.choose(x, gamma, beta, residual, mask, activation)
 
 
 def _laid_out_as(x: Tensor, t: Tensor) -> Tensor:
     # The fakes promise the input's memory format and dtype, and no output may be another's memory.
-    return torch.empty_like(x).copy_(t)
+    fresh = torch.empty_like(x)
+    fits = t.dtype == x.dtype and t.stride() == fresh.stride() and t._base is None
+    return t if fits else fresh.copy_(t)
 
 
 def _remember(ctx, inputs, output):
     x, gamma, beta, residual, mask, ctx.eps, ctx.activation = inputs
-    _, mean, var, count = output
-    ctx.save_for_backward(x, gamma, beta, residual, mask, mean, var, count)
+    y, mean, var, count = output
+    if residual is not None and ctx.activation in SIGN_IS_ENOUGH:
+        ctx.has_residual, residual = True, None
+    else:
+        ctx.has_residual, y = residual is not None, None
+    ctx.save_for_backward(x, y, gamma, beta, residual, mask, mean, var, count)
     ctx.mark_non_differentiable(mean, var, count)  # they feed running averages, never a loss
 
 
 def _gradients(ctx, dy, *_):
-    x, gamma, beta, residual, mask, mean, var, count = ctx.saved_tensors
+    x, y, gamma, beta, residual, mask, mean, var, count = ctx.saved_tensors
     dx, dgamma, dbeta, dz = normalize_backward(
-        dy, x, gamma, beta, residual, mask, mean, var, count, ctx.eps, ctx.activation
+        dy, x, y, gamma, beta, residual, mask, mean, var, count, ctx.eps, ctx.activation
     )
     return (
         dx,
         None if gamma is None else dgamma.to(gamma.dtype),
         None if beta is None else dbeta.to(beta.dtype),
-        None if residual is None else dz.to(residual.dtype),
+        dz if ctx.has_residual else None,
         None,
         None,
         None,
@@ -118,13 +147,14 @@ def _second_gradients(ctx, *grads):
     *saved, mask, _, _, _ = ctx.saved_tensors
     with torch.enable_grad():
         saved = [t if t is None else t.detach().requires_grad_() for t in saved]
-        dy, x, gamma, beta, residual = saved
+        dy, x, y, gamma, beta, residual = saved
         moments = Moments.of(x, mask=mask)
-        outputs = reference.backward(dy, x, gamma, beta, residual, mask, moments, ctx.eps, ctx.activation)
-    wide = [grad.to(out.dtype) for grad, out in zip(grads, outputs, strict=True)]
+        found = reference.backward(dy, x, y, gamma, beta, residual, mask, moments, ctx.eps, ctx.activation)
+    outputs = [out for out in found if out is not None]
+    wide = [grad.to(out.dtype) for grad, out in zip(grads, outputs, strict=False)]
     wanted = [t for t in saved if t is not None]
-    found = iter(torch.autograd.grad(outputs, wanted, wide, allow_unused=True))
-    return *(None if t is None else next(found) for t in saved), None, None, None, None, None, None
+    second = iter(torch.autograd.grad(outputs, wanted, wide, allow_unused=True))
+    return *(None if t is None else next(second) for t in saved), None, None, None, None, None, None
 
 
 normalize_backward.register_autograd(_second_gradients, setup_context=_remember_backward)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.kernels.activations import TABLE
+from batchnorm.kernels.contract import Gradients
 from batchnorm.moments import Moments
 
 
@@ -23,6 +24,18 @@ def per_channel(v_C: Tensor, x_NCS: Tensor) -> Tensor:
 
 def _sum_NS(t_NCS: Tensor) -> Tensor:
     return t_NCS.sum([d for d in range(t_NCS.dim()) if d != 1])
+
+
+def refuses(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    activation: str,
+) -> str:
+    """Nothing is refused: plain tensor operations run everywhere."""
+    return ""
 
 
 def forward(
@@ -50,15 +63,15 @@ def forward(
 
     Source: Ioffe & Szegedy (2015), Algorithm 1.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
     moments = Moments.of(x, mask=mask)
-    y = apply(x.to(wide), moments, gamma, beta, residual, mask, eps, activation)
-    return y.to(x.dtype), moments
+    mean, var = moments.mean, moments.var
+    return apply(x, mean, var, gamma, beta, residual, mask, eps, activation), moments
 
 
 def apply(
     x: Tensor,
-    moments: Moments,
+    mean: Tensor,
+    var: Tensor,
     gamma: Tensor | None,
     beta: Tensor | None,
     residual: Tensor | None,
@@ -66,13 +79,12 @@ def apply(
     eps: float,
     activation: str,
 ) -> Tensor:
-    """The transform with given moments; differentiable in all of its tensors."""
-    x, residual = _visible(x, mask), _visible(residual, mask)
-    x_hat = (x - per_channel(moments.mean, x)) * per_channel((moments.var + eps).rsqrt(), x)
-    z = _scale_and_shift(x_hat, gamma, beta)
-    if residual is not None:
-        z = z + residual
-    return _visible(TABLE[activation].value(z), mask)
+    """The transform with given statistics; differentiable in all of its tensors."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    shown, residual = _visible(x.to(wide), mask), _visible(residual, mask)
+    x_hat = (shown - per_channel(mean, x)) * per_channel((var + eps).rsqrt(), x)
+    z = _before_activation(x_hat, gamma, beta, residual)
+    return _visible(TABLE[activation].value(z), mask).to(x.dtype)
 
 
 @overload
@@ -84,18 +96,33 @@ def _visible(t_NCS: Tensor | None, mask: Tensor | None) -> Tensor | None:
     return t_NCS if t_NCS is None or mask is None else torch.where(mask.unsqueeze(1), t_NCS, 0)
 
 
-def _scale_and_shift(x_hat: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
+@overload
+def _widened(t_NCS: Tensor, mask: Tensor | None) -> Tensor: ...
+@overload
+def _widened(t_NCS: None, mask: Tensor | None) -> None: ...
+def _widened(t_NCS: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    return (
+        None if t_NCS is None else _visible(t_NCS.to(torch.promote_types(t_NCS.dtype, torch.float32)), mask)
+    )
+
+
+def _before_activation(
+    x_hat: Tensor, gamma: Tensor | None, beta: Tensor | None, residual: Tensor | None
+) -> Tensor:
     z = x_hat
     if gamma is not None:
         z = per_channel(gamma, z) * z
     if beta is not None:
         z = z + per_channel(beta, z)
+    if residual is not None:
+        z = z + residual
     return z
 
 
 def backward(
     dy: Tensor,
     x: Tensor,
+    y: Tensor | None,
     gamma: Tensor | None,
     beta: Tensor | None,
     residual: Tensor | None,
@@ -103,28 +130,28 @@ def backward(
     moments: Moments,
     eps: float,
     activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Gradients:
     """Gradients of a loss ℓ whose gradient in the output of `forward` is ``dy``.
 
-    Returns:
-        ∂ℓ/∂x, ∂ℓ/∂γ, ∂ℓ/∂β in float32 or wider, and ∂ℓ/∂residual, which is also the
-        gradient in the value before the activation. All four are always given.
+    Args:
+        dy: Shape of ``x``.
+        x: As in `forward`; so are the arguments not listed here.
+        y: What `forward` gave, in place of a residual whose sum's sign it tells (see `contract`).
+        moments: What `forward` gave.
 
     Source: Ioffe & Szegedy (2015), section 3, the six equations below Algorithm 1. They are
     exact also where the mean computed in floating point is not quite the mean.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    x, dy = x.to(wide), dy.to(wide)
-    x, dy, residual = _visible(x, mask), _visible(dy, mask), _visible(residual, mask)
+    like, joined = x, y is not None or residual is not None
+    x, dy = _widened(x, mask), _widened(dy, mask)
+    residual, y = _widened(residual, mask), _widened(y, mask)
 
     m = moments.count.clamp(min=1) if isinstance(moments.count, Tensor) else max(moments.count, 1)
     deviation = _visible(x - per_channel(moments.mean, x), mask)
     inv_std = (moments.var + eps).rsqrt()
     x_hat = deviation * per_channel(inv_std, x)
 
-    z = _scale_and_shift(x_hat, gamma, beta)
-    if residual is not None:
-        z = z + residual
+    z = _before_activation(x_hat, gamma, beta, residual) if y is None else y
     dz = dy * TABLE[activation].derivative(z)
 
     dx_hat = dz if gamma is None else dz * per_channel(gamma, dz)
@@ -135,4 +162,30 @@ def backward(
         + per_channel(dvar, x) * 2 * deviation / m
         + per_channel(dmean, x) / m
     )
-    return _visible(dx, mask), _sum_NS(dz * x_hat), _sum_NS(dz), dz
+    dx = _visible(dx, mask).to(like.dtype)
+    return dx, _sum_NS(dz * x_hat), _sum_NS(dz), dz.to(like.dtype) if joined else None
+
+
+def apply_backward(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    eps: float,
+    activation: str,
+) -> Gradients:
+    """Gradients of `apply` with its statistics held constant; differentiable itself."""
+    like, joined = x, y is not None or residual is not None
+    x, dy = _widened(x, mask), _widened(dy, mask)
+    residual, y = _widened(residual, mask), _widened(y, mask)
+    inv_std = per_channel((var + eps).rsqrt(), x)
+    x_hat = _visible((x - per_channel(mean, x)) * inv_std, mask)
+    z = _before_activation(x_hat, gamma, beta, residual) if y is None else y
+    dz = dy * TABLE[activation].derivative(z)
+    dx = (dz if gamma is None else dz * per_channel(gamma, dz)) * inv_std
+    return dx.to(like.dtype), _sum_NS(dz * x_hat), _sum_NS(dz), dz.to(like.dtype) if joined else None

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchnorm.kernels import cpu, dispatch
 from batchnorm.moments import Moments
 
 
@@ -32,6 +33,12 @@ def commit(
     in_lanes = not compiling and torch._C._are_functorch_transforms_active()
     if in_lanes:
         moments = _merged_over_lanes(moments, running_mean)
+    elif not compiling and _moves_at_once(running_mean, running_var, num_batches_tracked, moments):
+        samples = int(moments.count)
+        if samples > 1:
+            batch = (moments.mean, moments.var, samples)
+            cpu.move(running_mean, running_var, num_batches_tracked, *batch, momentum)
+        return
     mean, var, count = moments.mean, moments.unbiased(), moments.count
     if not isinstance(count, Tensor) and count < 2:
         return
@@ -51,6 +58,19 @@ def commit(
     share = 1 / num_batches_tracked.clamp(min=1).to(running_mean.dtype) if momentum is None else momentum
     for running, new in ((running_mean, mean), (running_var, var)):
         running.copy_(torch.where(sound, torch.lerp(running, new.to(running.dtype), share), running))
+
+
+def _moves_at_once(mean: Tensor, var: Tensor, tracked: Tensor, moments: Moments) -> bool:
+    """Whether the CPU's kernel can do it: plain tensors of one dtype that lie as it reads them."""
+    vectors = (moments.mean, moments.var, mean, var)
+    dtype = moments.mean.dtype
+    return (
+        dispatch.runs_eagerly(*vectors, tracked)
+        and not cpu.refuses(mean, None, None, None, None, "identity")
+        and all(v.dtype == dtype and v.is_contiguous() and v.device == mean.device for v in vectors)
+        and tracked.device == mean.device
+        and not mean.is_inference()
+    )
 
 
 def _merged_over_lanes(moments: Moments, running: Tensor) -> Moments:

@@ -1,0 +1,205 @@
+"""BN of contiguous (N, C, S): each channel is N runs of S adjacent numbers.
+
+One thread takes whole channels where there are enough of them: it reads a channel from memory
+once, for its sums, and again from its cache, to apply them. Few channels are split into equal
+ranges of their N·S positions, whose sums are merged in order.
+
+Legend: position p of a channel is location p % S of example p // S; a unit is one of the
+``splits`` ranges of one channel; "wide" is what is computed with, float32 or float64.
+"""
+
+from typing import Any
+
+from numba import float64, int64, uint8
+from numba.extending import register_jitable
+
+from batchnorm.kernels.cpu_channel import (
+    BACKWARD_SUMS,
+    FORWARD_SUMS,
+    far,
+    merge_gradients,
+    merge_moments,
+    merged,
+    prepare,
+    table_at,
+)
+from batchnorm.kernels.cpu_elements import deviation_of, gradient_of, transform_of, widened
+from batchnorm.kernels.cpu_memory import argument, fetch, load, narrow, share, store, widen
+from batchnorm.kernels.cpu_threads import APPLY, MERGE, PARTIAL, PREPARE
+
+# Sums may be taken in any order, as vector code must, but nothing is assumed finite.
+_sums = register_jitable(error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
+_exact = register_jitable(error_model="numpy", fastmath={"contract"})
+
+
+@_exact
+def _range_of(block, unit):
+    """Channel, part, and the first and end position of a unit."""
+    splits, positions = argument(block, "splits"), argument(block, "N") * argument(block, "S")
+    c = unit // splits
+    part = unit - c * splits
+    return c, part, positions * part // splits, positions * (part + 1) // splits
+
+
+@_exact
+def _run_at(block, c, p, end):
+    """Where in the tensor the adjacent positions from ``p`` on are, and how many before ``end``."""
+    S = argument(block, "S")
+    n = p // S
+    i = p - n * S
+    return (n * argument(block, "C") + c) * S + i, min(S - i, end - p)
+
+
+def forward(kind: Any, activation: str, has_residual: bool, has_mask: bool) -> Any:
+    """The kernel of `cpu.forward` and `cpu.apply` for one kind of numbers, not yet compiled."""
+    wide, size = widened(kind), kind.bitwidth // 8
+    transform, deviation = transform_of(kind, activation, has_residual, has_mask), deviation_of(kind)
+
+    @_sums
+    def around_run(x, mask, num, centre):
+        count, total, squares = int64(0), wide(0), wide(0)
+        for i in range(num):
+            d = deviation(x, i, centre)
+            if has_mask:
+                shown = load(mask, i, uint8) != 0
+                d = d if shown else wide(0)
+                count += int64(shown)
+            total += d
+            squares += d * d
+        return count if has_mask else num, float64(total), float64(squares)
+
+    @_exact
+    def around(block, c, begin, end, centre):
+        """Samples that count, and the sums of their deviations from ``centre`` and of the squares."""
+        x, mask = argument(block, "x"), argument(block, "mask")
+        count, total, squares = int64(0), 0.0, 0.0
+        while begin < end:
+            place, num = _run_at(block, c, begin, end)
+            more, first, second = around_run(x + place * size, mask + begin, num, centre)
+            count += more
+            total += first
+            squares += second
+            begin += num
+        return float64(count), total, squares
+
+    @_exact
+    def moments(block, c, part, begin, end):
+        C, scratch, chunk = argument(block, "C"), argument(block, "scratch"), argument(block, "chunk")
+        x, mask = argument(block, "x"), argument(block, "mask")
+        count, mean, squares = 0.0, 0.0, 0.0
+        if begin < end and (not has_mask or load(mask, begin, uint8) != 0):
+            place, _ = _run_at(block, c, begin, end)
+            mean = float64(widen(load(x, place, kind)))
+        while begin < end:
+            stop = min(begin + chunk, end)
+            centre = wide(mean)
+            more, total, second = around(block, c, begin, stop, centre)
+            if far(more, total, second):
+                centre = wide(centre + total / more)
+                more, total, second = around(block, c, begin, stop, centre)
+            count, mean, squares = merged(count, mean, squares, more, centre, total, second)
+            begin = stop
+        store(scratch, 3 * part * C + c, count)
+        store(scratch, (3 * part + 1) * C + c, mean)
+        store(scratch, (3 * part + 2) * C + c, squares)
+
+    @_exact
+    def apply(block, c, begin, end, table):
+        C, mask = argument(block, "C"), argument(block, "mask")
+        x, y, residual = argument(block, "x"), argument(block, "y"), argument(block, "residual")
+        mean, scale = fetch(table, c, wide), fetch(table, C + c, wide)
+        shift, p = fetch(table, 2 * C + c, wide), begin
+        while p < end:
+            place, num = _run_at(block, c, p, end)
+            at = place * size
+            for i in range(num):
+                store(y + at, i, transform(x + at, residual + at, mask + p, i, mean, scale, shift))
+            p += num
+
+    @_exact
+    def kernel(block):
+        run, table = argument(block, "run"), table_at(block, FORWARD_SUMS)
+        first, last = share(block, argument(block, "C") * argument(block, "splits"))
+        for unit in range(first, last):
+            c, part, begin, end = _range_of(block, unit)
+            if run & PARTIAL:
+                moments(block, c, part, begin, end)
+            if run & MERGE and part == 0:
+                merge_moments(block, c, wide)
+            if run & PREPARE and part == 0:
+                prepare(block, c, wide, table)
+            if run & APPLY:
+                apply(block, c, begin, end, table)
+
+    return kernel
+
+
+def backward(kind: Any, activation: str, has_residual: bool, has_mask: bool) -> Any:
+    """The kernel of `cpu.backward` and `cpu.apply_backward`, not yet compiled."""
+    wide, size = widened(kind), kind.bitwidth // 8
+    gradient = gradient_of(kind, activation, has_residual, has_mask)
+
+    @_sums
+    def sums_run(dy, x, extra, mask, num, mean, scale, shift):
+        total, along = wide(0), wide(0)
+        for i in range(num):
+            dz, deviation = gradient(dy, x, extra, mask, i, mean, scale, shift)
+            total += dz
+            along += dz * deviation
+        return float64(total), float64(along)
+
+    @_exact
+    def sums(block, c, part, begin, end, table):
+        C, scratch, mask = argument(block, "C"), argument(block, "scratch"), argument(block, "mask")
+        dy, x, extra = argument(block, "dy"), argument(block, "x"), argument(block, "residual")
+        chunk = argument(block, "chunk")
+        mean, scale = fetch(table, c, wide), fetch(table, C + c, wide)
+        shift, p, total, along = fetch(table, 2 * C + c, wide), begin, 0.0, 0.0
+        while p < end:
+            place, num = _run_at(block, c, p, end)
+            num = min(num, chunk)
+            at = place * size
+            more, further = sums_run(dy + at, x + at, extra + at, mask + p, num, mean, scale, shift)
+            total += more
+            along += further
+            p += num
+        store(scratch, 2 * part * C + c, total)
+        store(scratch, (2 * part + 1) * C + c, along)
+
+    @_exact
+    def apply(block, c, begin, end, table):
+        C, mask = argument(block, "C"), argument(block, "mask")
+        dy, x, extra = argument(block, "dy"), argument(block, "x"), argument(block, "residual")
+        dx, dresidual = argument(block, "dx"), argument(block, "dresidual")
+        mean, scale = fetch(table, c, wide), fetch(table, C + c, wide)
+        shift, p = fetch(table, 2 * C + c, wide), begin
+        constant, slope = fetch(table, 3 * C + c, wide), fetch(table, 4 * C + c, wide)
+        while p < end:
+            place, num = _run_at(block, c, p, end)
+            at = place * size
+            for i in range(num):
+                dz, deviation = gradient(dy + at, x + at, extra + at, mask + p, i, mean, scale, shift)
+                change = scale * ((dz - constant) - deviation * slope)
+                if has_mask:
+                    change = change if load(mask + p, i, uint8) != 0 else wide(0)
+                store(dx + at, i, narrow(change, kind))
+                if has_residual:
+                    store(dresidual + at, i, narrow(dz, kind))
+            p += num
+
+    @_exact
+    def kernel(block):
+        run, table = argument(block, "run"), table_at(block, BACKWARD_SUMS)
+        first, last = share(block, argument(block, "C") * argument(block, "splits"))
+        for unit in range(first, last):
+            c, part, begin, end = _range_of(block, unit)
+            if run & PREPARE and part == 0:
+                prepare(block, c, wide, table)
+            if run & PARTIAL:
+                sums(block, c, part, begin, end, table)
+            if run & MERGE and part == 0:
+                merge_gradients(block, c, wide, table)
+            if run & APPLY:
+                apply(block, c, begin, end, table)
+
+    return kernel

@@ -1,0 +1,112 @@
+"""Which kernel runs: the fastest that can, or the one that was asked for."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from batchnorm.kernels import cpu, gpu, native, reference
+from batchnorm.kernels.contract import Kernel
+from batchnorm.kernels.cpu_threads import LOG
+
+KERNELS: dict[str, Kernel] = {
+    "reference": cast(Kernel, reference),
+    "torch": cast(Kernel, native),
+    "cpu": cast(Kernel, cpu),
+    "gpu": cast(Kernel, gpu),
+}
+"""By the name that `use` takes."""
+
+_asked: ContextVar[str] = ContextVar("batchnorm.kernels.use", default="auto")
+
+
+@contextmanager
+def use(name: str) -> Iterator[None]:
+    """Run every batch normalization inside the context by one kernel.
+
+    Args:
+        name: "reference" (plain tensor operations, in the order of the paper), "torch" (PyTorch's
+            own kernel), "cpu" (numba), "gpu" (Triton), or "auto", which chooses by device, dtype
+            and layout. A kernel that cannot run on what it is given raises ``ValueError`` with
+            the reason; "auto" takes another and logs the reason once, to the logger "batchnorm".
+
+    The choice holds for the calling thread, and is made as a forward runs: its backward is the
+    same kernel's. Code under `torch.compile` keeps what it was compiled with. Under function
+    transforms (`torch.func`, forward-mode differentiation) the reference always runs.
+
+    Raises:
+        ValueError: The name is unknown.
+    """
+    if name not in (*KERNELS, "auto"):
+        known = ", ".join(repr(k) for k in (*KERNELS, "auto"))
+        raise ValueError(f"unknown kernel {name!r}: use one of {known}")
+    token = _asked.set(name)
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
+def choose(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    activation: str,
+) -> Kernel:
+    """The kernel for a call.
+
+    Raises:
+        ValueError: A kernel was asked for by name and cannot run; the message says why.
+    """
+    asked = _asked.get()
+    if asked != "auto":
+        reason = KERNELS[asked].refuses(x, gamma, beta, residual, mask, activation)
+        if reason:
+            raise ValueError(
+                f"kernel {asked!r} was asked for and cannot run: {reason}; ask for another, or for 'auto'"
+            )
+        return KERNELS[asked]
+    fast = KERNELS["cpu" if x.device.type == "cpu" else "gpu"]
+    reason = fast.refuses(x, gamma, beta, residual, mask, activation)
+    if not reason:
+        return fast
+    if x.device.type in ("cpu", "cuda"):
+        _say(reason)
+    return KERNELS["torch" if mask is None else "reference"]
+
+
+@cache
+def _say(reason: str) -> None:
+    LOG.info("a batch normalization falls back to PyTorch's own operations: %s", reason)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def runs_eagerly(*tensors: Tensor | None) -> bool:
+    """Whether these are plain tensors in plain eager execution, which kernels may read by address.
+
+    Not so under `torch.compile`, function transforms, forward-mode differentiation, tracing, and
+    dispatch modes, nor for subclasses (fake, distributed): all these want to see operations.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or is_transformed()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state() is not None
+    ):
+        return False
+    return all(t is None or type(t) in _PLAIN for t in tensors)
+
+
+def is_transformed() -> bool:
+    """Whether a function transform (`torch.func`) or forward-mode differentiation is on."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0

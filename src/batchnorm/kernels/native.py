@@ -1,0 +1,136 @@
+"""PyTorch's own batch normalization, with the addition and the activation as operations after it.
+
+Implements `contract.Kernel`; being made of PyTorch's operations, its forward functions also record
+a graph where gradients are wanted, which is how eager code uses them.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from batchnorm.kernels.activations import TABLE
+from batchnorm.kernels.contract import Gradients
+from batchnorm.moments import Moments
+
+
+def refuses(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    activation: str,
+) -> str:
+    """Why PyTorch's kernel cannot run on such tensors; empty if it can."""
+    return "" if mask is None else "PyTorch's own kernel has no mask"
+
+
+def forward(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, Moments]:
+    """See `contract.Kernel.forward`; PyTorch hands out moments only as running averages."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    mean, unbiased = x.new_zeros(x.shape[1], dtype=wide), x.new_zeros(x.shape[1], dtype=wide)
+    y = F.batch_norm(x, mean, unbiased, _to(gamma, wide), _to(beta, wide), True, 1.0, eps)
+    count = x.numel() // x.shape[1]
+    return _finish(y, residual, activation), Moments(mean, unbiased * ((count - 1) / count), count)
+
+
+def apply(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    eps: float,
+    activation: str,
+) -> Tensor:
+    """See `contract.Kernel.apply`."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = F.batch_norm(x, mean.to(wide), var.to(wide), _to(gamma, wide), _to(beta, wide), False, 0.0, eps)
+    return _finish(y, residual, activation)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    moments: Moments,
+    eps: float,
+    activation: str,
+) -> Gradients:
+    """See `contract.Kernel.backward`: PyTorch's own gradient of the forward, which it runs again."""
+    return _gradients(dy, x, y, gamma, beta, residual, eps, activation, None)
+
+
+def apply_backward(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    eps: float,
+    activation: str,
+) -> Gradients:
+    """See `contract.Kernel.apply_backward`."""
+    return _gradients(dy, x, y, gamma, beta, residual, eps, activation, (mean, var))
+
+
+def _gradients(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: str,
+    statistics: tuple[Tensor, Tensor] | None,
+) -> Gradients:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if y is not None:
+        dy, activation = dy * TABLE[activation].derivative(y), "identity"
+    ones = torch.ones(x.shape[1], dtype=wide, device=x.device)
+    given = (
+        x,
+        ones if gamma is None else gamma.to(wide),
+        ones * 0 if beta is None else beta.to(wide),
+        residual,
+    )
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in given if t is not None]
+        extra = leaves[3] if residual is not None else None
+        if statistics is None:
+            out, _ = forward(leaves[0], leaves[1], leaves[2], extra, None, eps, activation)
+        else:
+            out = apply(leaves[0], *statistics, leaves[1], leaves[2], extra, None, eps, activation)
+    dx, dgamma, dbeta, *dresidual = torch.autograd.grad(out, leaves, dy.to(out.dtype))
+    if y is not None:
+        dresidual = [dy]
+    return dx, dgamma, dbeta, dresidual[0] if dresidual else None
+
+
+def _to(v: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return v if v is None else v.to(dtype)
+
+
+def _finish(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+    if residual is not None:
+        y = y + residual.to(y.dtype)
+    return TABLE[activation].value(y)
