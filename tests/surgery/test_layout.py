@@ -42,10 +42,11 @@ def test_the_faster_one_is_taken(monkeypatch, seconds, taken):
 
 
 def test_each_is_timed_in_turns_and_the_median_counts(monkeypatch):
-    # A clock that goes on by one second, and at one reading in the middle by a hundred.
-    ticks = iter([*range(9), *range(109, 1000)])
+    # A clock that goes on by one second, and by a hundred in one step of each.
+    ticks = iter([*range(7), *range(107, 109), *range(209, 1000)])
     monkeypatch.setattr(layout, "_now", lambda model: next(ticks))
-    assert layout.choose(images(), (torch.randn(IMAGES),), None).contiguous_s == 1
+    chosen = layout.choose(images(), (torch.randn(IMAGES),), None)
+    assert (chosen.contiguous_s, chosen.channels_last_s) == (1, 1)
 
 
 def test_asked_for_and_not_asked_for(monkeypatch):

@@ -13,7 +13,7 @@ from batchnorm.surgery import nonlinearities
 from batchnorm.surgery.graph import Trace
 from batchnorm.surgery.rewrite import caller_of
 from batchnorm.surgery.roles import role_of
-from batchnorm.surgery.tracer import IN_PLACE_OPERATORS, hooks_of
+from batchnorm.surgery.tracer import IN_PLACE_OPERATORS
 
 _CONSTANTS = {
     "leaky_relu": ("negative_slope", LEAKY_SLOPE),
@@ -126,7 +126,7 @@ def _look(model: nn.Module, trace: Trace, norm: Node, order: dict[Node, int], ta
     reason = (
         _activation_reason(model, trace, act)
         or (_join_reason(trace, norm, add, order) if add is not None else "")
-        or _hooks_reason(model, trace, [norm, add, act] if add is not None else [norm, act])
+        or _hooks_reason(trace, [norm, add, act] if add is not None else [norm, act])
     )
     kind = _kind(trace, act)
     return reason or Fusion(trace, norm, add, act, str(kind))
@@ -196,12 +196,8 @@ def overwrites(trace: Trace, node: Node) -> bool:
     return "out" in node.kwargs or nonlinearities.works_in_place(node, trace.module(node))
 
 
-def _hooks_reason(model: nn.Module, trace: Trace, steps: list[Node]) -> str:
-    """Which module with hooks, that would see other values, ends or begins between the steps."""
-    for node in steps:
-        call = node.meta["call"]
-        if node.op == "call_module" and any(hooks_of(model.get_submodule(call.path))):
-            return f"{call.path} has hooks, which would see other values"
+def _hooks_reason(trace: Trace, steps: list[Node]) -> str:
+    """Which module with hooks, that would see other values, is a step or ends or begins between them."""
     outer = caller_of(steps).chain()
     for node in steps:
         for call in node.meta["call"].chain():

@@ -126,8 +126,6 @@ def _rewrite(
     edges = [edge(value, user) for f in fusions for value, user in zip(f.steps, f.steps[1:], strict=False)]
     try:
         graphs = graphs_of(whole, home, steps, edges)
-        for fusion in fusions:
-            _check(graphs, fusion)
     except (ValueError, Untraceable) as why:
         reason = f"the forward of {home.path or 'the model'} would have to be rewritten, but {why}"
         refused.update(dict.fromkeys(fusions, reason))
@@ -140,25 +138,16 @@ def _rewrite(
     install(module, graphs)
 
 
-def _check(graphs: Graphs, fusion: Fusion) -> None:
-    for number in range(len(graphs.traces)):
-        twins = [graphs.twin(number, step) for step in fusion.steps]
-        if any(twin is None for twin in twins) and twins[0] is not None:
-            name = fusion.trace.describe(fusion.norm)
-            raise ValueError(f"in one of its modes other steps follow {name}")
-
-
 def _fuse(graphs: Graphs, number: int, fusion: Fusion) -> None:
-    """Let one call do the work of two or three steps, in one graph."""
+    """Let one call do the work of two or three steps, in one graph, if its mode has all of them."""
     graph = graphs.traces[number].graph
-    norm = graphs.twin(number, fusion.norm)
-    act = graphs.twin(number, fusion.act)
-    if norm is None or act is None:
+    norm, *_, act = twins = [graphs.twin(number, step) for step in fusion.steps]
+    if norm is None or act is None or None in twins:
         return
     options: dict[str, Node | str] = {"activation": fusion.activation}
-    before = norm if fusion.add is None else graphs.twin(number, fusion.add)
-    assert before is not None
+    before = norm
     if fusion.add is not None:
+        before = next(user for user in norm.users)
         options["residual"] = next(value for value in before.all_input_nodes if value is not norm)
     with graph.inserting_before(before):
         fused = graph.call_module(str(norm.target), norm.args, options)
