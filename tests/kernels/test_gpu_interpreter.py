@@ -16,7 +16,7 @@ ROOT = FOLDER.parents[1]
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-@pytest.mark.parametrize("name", ["test_gpu.py", "test_gpu_edges.py"])
+@pytest.mark.parametrize("name", ["test_gpu.py", "test_gpu_edges.py", "test_gpu_layers.py"])
 def test_in_the_interpreter(name):
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / name)]

@@ -51,7 +51,12 @@ def spread(v):
 @triton.jit
 def total(t):
     """Sum of each channel of a tile."""
-    return tl.sum(tl.sum(t, axis=2), axis=0)
+    if t.shape[1] == 1:
+        # All in one: with one axis after the other, threads would have to meet twice as often.
+        sums = tl.zeros([1], t.dtype) + tl.sum(t)
+    else:
+        sums = tl.sum(tl.sum(t, axis=2), axis=0)
+    return sums
 
 
 @triton.jit
@@ -93,14 +98,15 @@ def moments_of_tiles(
         divisor = tl.maximum(tile_count, 1.0)
         tile_mean = total(x) / divisor
         deviation = tl.where(samples, x - spread(tile_mean), 0.0)
+        # The mean of what is left is the rounding of the mean.
         correction = total(deviation) / divisor
-        # Both sums from one look at the tile; the correction is a rounding error, so nothing cancels.
-        tile_squares = total(deviation * deviation) - tile_count * correction * correction
+        deviation = tl.where(samples, deviation - spread(correction), 0.0)
+        tile_squares = total(deviation * deviation)
         tile_mean += correction
 
         gap = tile_mean - mean
         share = tile_count / tl.maximum(count + tile_count, 1.0)
-        squares += tl.where(tile_squares < 0, 0.0, tile_squares) + gap * gap * count * share
+        squares += tile_squares + gap * gap * count * share
         mean += gap * share
         count += tile_count
     return count, mean, squares
