@@ -115,6 +115,18 @@ def test_splits_of_different_size_and_position_are_weighted_by_their_samples(spl
     torch.testing.assert_close(moments.var, x.double().var(0, unbiased=False).float(), rtol=1e-5, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
+def test_what_a_mask_hides_is_zero_even_in_a_channel_that_is_not_finite(splits):
+    x, residual, mask = draw(9, 3, 29), draw(9, 3, 29), torch.rand(9, 29, device=DEVICE) > 0.3
+    mask[0, 0] = True
+    x[0, 1, 0] = torch.nan
+    y, moments = gpu.forward(x, None, None, residual, mask, 1e-5, "silu")
+    dx, _, _, dz = gpu.backward(x, x, None, None, None, residual, mask, moments, 1e-5, "silu")
+    hidden = ~mask.unsqueeze(1).expand_as(x)
+    for t in (y, dx, dz):
+        assert (t[hidden] == 0).all()
+
+
 def test_a_mask_that_hides_everything(splits):
     x, mask = draw(9, 3, 29), torch.zeros(9, 29, dtype=torch.bool, device=DEVICE)
     y, moments = gpu.forward(x, None, None, x, mask, 1e-5, "sigmoid")

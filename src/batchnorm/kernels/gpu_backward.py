@@ -15,7 +15,7 @@ import triton.language as tl
 
 from batchnorm.kernels.gpu_activations import chain
 from batchnorm.kernels.gpu_forward import before_activation, scale_and_shift
-from batchnorm.kernels.gpu_tiles import last_first, locate, share_of, spread, total
+from batchnorm.kernels.gpu_tiles import COUNTS, last_first, locate, share_of, spread, total
 
 
 @triton.jit
@@ -64,7 +64,7 @@ def count_samples(count_ptr, N, S, COMPUTE: tl.constexpr):
     return num_samples.to(COMPUTE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def reduce_backward(
     dy_ptr,
     x_ptr,
@@ -161,7 +161,7 @@ def reduce_backward(
                 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])
 def merge_backward(
     partial_ptr,
     var_ptr,
@@ -185,7 +185,7 @@ def merge_backward(
     tl.store(dbeta_ptr + c, dbeta, mask=c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def input_gradient(
     dy_ptr,
     x_ptr,

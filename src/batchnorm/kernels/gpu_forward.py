@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from batchnorm.kernels.gpu_activations import activate
-from batchnorm.kernels.gpu_tiles import last_first, locate, moments_of_tiles, share_of, spread
+from batchnorm.kernels.gpu_tiles import COUNTS, last_first, locate, moments_of_tiles, share_of, spread
 
 
 @triton.jit
@@ -69,7 +69,7 @@ def transform_tiles(
         tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def reduce_forward(
     x_ptr,
     residual_ptr,
@@ -135,7 +135,7 @@ def reduce_forward(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])
 def merge_forward(
     partial_ptr, mean_ptr, var_ptr, C, num_splits, SPLITS: tl.constexpr, CHANNELS: tl.constexpr
 ):
@@ -158,7 +158,7 @@ def merge_forward(
     tl.store(var_ptr + c, var, mask=c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def normalize(
     x_ptr,
     residual_ptr,

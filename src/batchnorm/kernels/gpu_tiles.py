@@ -7,6 +7,9 @@ BLOCK_S) and vectors of channels (BLOCK_C,). `gpu_plan` chooses the cut.
 import triton
 import triton.language as tl
 
+COUNTS = ["N", "num_tiles", "tiles_per_split"]
+"""What kernels are not specialized on, so that another batch size needs no other compilation."""
+
 
 @triton.jit
 def share_of(program, C, num_tiles, tiles_per_split, BLOCK_C: tl.constexpr):
