@@ -52,12 +52,12 @@ def test_each_copy_of_the_stack_trains_as_a_network_of_its_own(digits, normalize
         for k, (net, optimizer) in enumerate(zip(singles, optimizers, strict=True)):
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(net(images[chosen]), labels[chosen])
-            torch.testing.assert_close(losses[k], loss, rtol=1e-9, atol=0)
+            torch.testing.assert_close(losses[k], loss, rtol=1e-6, atol=0)
             loss.backward()
             optimizer.step()
     logits = stack(images[:100])
     for k, net in enumerate(singles):
-        torch.testing.assert_close(logits[:, k], net(images[:100]), rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(logits[:, k], net(images[:100]), rtol=1e-5, atol=1e-6)
 
 
 def small(out, **changes) -> Activations:
