@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
-from batchnorm.layers import recompute
+from batchnorm.layers import adopt, recompute
 from batchnorm.surgery.saving import bytes_for_backward, forget_outputs
 
 
@@ -36,6 +36,28 @@ def test_checkpointing_of_a_part(reentrant):
     # Torch's own layer would move its statistics twice under checkpointing.
     assert_same(gradients(model, x), gradients(net, x))
     assert bytes_for_backward(model, (x,), forget=True) < whole
+
+
+def test_what_checkpointing_lets_go_is_gone_before_the_forward_is_over():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.part, self.last = chain(1), chain(2), chain(1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(checkpoint(self.part, self.first(x), use_reentrant=False))
+
+    model, storages, alive = Net(), [], []
+    forget_outputs(model.train())
+    for conv in (model.part[0], model.part[3]):
+        conv.register_forward_hook(
+            lambda m, i, o: storages.append(recompute.StorageWeakRef(o.untyped_storage()))
+        )
+    for path in ("1", "4"):
+        adopt(model.part.get_submodule(path))
+    model.last.register_forward_pre_hook(lambda m, i: alive.extend(not s.expired() for s in storages))
+    model(torch.randn(IMAGES, dtype=torch.float64))
+    assert alive == [False, False]
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
