@@ -8,37 +8,22 @@ number of threads.
 
 from functools import cache
 from importlib.util import find_spec
-from typing import NamedTuple, overload
+from typing import overload
 
 import torch
 from torch import Tensor
 
 from batchnorm.kernels.contract import Gradients
 from batchnorm.kernels.cpu_build import Spec, compiled
-from batchnorm.kernels.cpu_threads import APPLY, MERGE, PACK, PARTIAL, PREPARE, num_threads, run
+from batchnorm.kernels.cpu_plan import KINDS, Plan, plan
+from batchnorm.kernels.cpu_threads import PACK, Compiled, num_threads, run
 from batchnorm.moments import Moments
-
-_KINDS = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "uint16"}
-_GRAIN = 16384  # elements that are worth a thread
-_CHUNK, _TILE = 4096, 16384  # elements that are in a near cache still when they are looked at again
-_MOST_ROWS = 256  # of a tile: its sums are float32
-_WHOLE = PARTIAL | MERGE | PREPARE | APPLY
-
-
-class _Layout(NamedTuple):
-    """How a tensor lies: ``room`` "planes" as (N, C, S) or "rows" as (N, C) with S 1."""
-
-    room: str
-    N: int
-    C: int
-    S: int
 
 
 @cache
-def _missing() -> str:
-    if find_spec("numba") is None:
-        return "numba is not installed"
-    return ""
+def missing() -> str:
+    """What these kernels lack on this machine; empty if nothing."""
+    return "" if find_spec("numba") else "numba is not installed"
 
 
 def refuses(
@@ -50,11 +35,14 @@ def refuses(
     activation: str,
 ) -> str:
     """Why these kernels cannot run on such tensors; empty if they can."""
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return f"they run on the CPU, and the input is on {x.device}"
-    if x.dtype not in _KINDS:
+    if x.dtype not in KINDS:
         return f"they take float32, float64 and bfloat16, and the input is {x.dtype}"
-    return _missing()
+    for name, tensor in (("weight", gamma), ("bias", beta), ("residual", residual), ("mask", mask)):
+        if tensor is not None and not tensor.is_cpu:
+            return f"the input is on the CPU and its {name} on {tensor.device}"
+    return missing()
 
 
 def forward(
@@ -67,13 +55,15 @@ def forward(
     activation: str,
 ) -> tuple[Tensor, Moments]:
     """See `contract.Kernel.forward`."""
-    given, (x, layout) = x, _dense(x)
-    wide = _wide(x)
-    mean, var = x.new_empty(layout.C, dtype=wide), x.new_empty(layout.C, dtype=wide)
+    chosen = _plan("forward", x, activation, residual is not None, mask is not None)
+    if chosen is None:
+        y, moments = forward(x.contiguous(), gamma, beta, residual, mask, eps, activation)
+        return _laid_out_as(x, y), moments
+    C, wide = chosen.num_channels, chosen.wide
+    mean, var = x.new_empty(C, dtype=wide), x.new_empty(C, dtype=wide)
     count = None if mask is None else x.new_empty((), dtype=torch.int64)
-    y = _transform(x, layout, mean, var, count, gamma, beta, residual, mask, eps, activation, _WHOLE)
-    y = _laid_out_as(given, y)
-    return y, Moments(mean, var, layout.N * layout.S if count is None else count)
+    y = _transform(chosen, x, mean, var, count, gamma, beta, residual, mask, eps)
+    return y, Moments(mean, var, x.numel() // C if count is None else count)
 
 
 def apply(
@@ -88,49 +78,12 @@ def apply(
     activation: str,
 ) -> Tensor:
     """See `contract.Kernel.apply`."""
-    given, (x, layout) = x, _dense(x)
-    wide = _wide(x)
-    mean, var = _vector(mean, wide), _vector(var, wide)
-    phases = PREPARE | APPLY
-    y = _transform(x, layout, mean, var, None, gamma, beta, residual, mask, eps, activation, phases)
-    return _laid_out_as(given, y)
-
-
-def _transform(
-    x: Tensor,
-    layout: _Layout,
-    mean: Tensor,
-    var: Tensor,
-    count: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    residual: Tensor | None,
-    mask: Tensor | None,
-    eps: float,
-    activation: str,
-    phases: int,
-) -> Tensor:
-    room, N, C, S = layout
-    y, residual, mask = torch.empty_like(x), _like(residual, x), None if mask is None else mask.contiguous()
-    gamma, beta = _vector(gamma, mean.dtype), _vector(beta, mean.dtype)
-    kernel = compiled(Spec(room, "forward", _KINDS[x.dtype], _options(room, activation, residual, mask)))
-    threads, splits, chunk = _plan(layout)
-    scratch = x.new_empty((3 * splits + 5 + 3 * splits) * C, dtype=torch.float64)
-
-    def block(phase: int) -> bytes:
-        return PACK(
-            phase, splits, 0, N, C, S, chunk, _at(x), _at(y), _at(residual), _at(mask), _at(gamma), _at(beta),
-            _at(mean), _at(var), _at(count), _at(scratch), eps, 0.0, 0, 0, 0, 0, 0, 0, 0, 0,
-        )  # fmt: skip
-
-    if threads == 1 or (room == "planes" and splits == 1):
-        run(kernel, block(phases), threads)
-        return y
-    if phases & PARTIAL:
-        run(kernel, block(PARTIAL), threads)
-    run(kernel, block(phases & (MERGE | PREPARE)), 1)
-    run(kernel, block(APPLY), threads)
-    return y
+    chosen = _plan("apply", x, activation, residual is not None, mask is not None)
+    if chosen is None:
+        y = apply(x.contiguous(), mean, var, gamma, beta, residual, mask, eps, activation)
+        return _laid_out_as(x, y)
+    mean, var = _vector(mean, chosen.wide), _vector(var, chosen.wide)
+    return _transform(chosen, x, mean, var, None, gamma, beta, residual, mask, eps)
 
 
 def backward(
@@ -146,9 +99,8 @@ def backward(
     activation: str,
 ) -> Gradients:
     """See `contract.Kernel.backward`."""
-    count = moments.count if isinstance(moments.count, Tensor) else None
-    mean, var = moments.mean, moments.var
-    return _gradients(dy, x, y, mean, var, count, gamma, beta, residual, mask, eps, activation, 0)
+    given = (gamma, beta, residual, mask, eps, activation)
+    return _gradients("backward", dy, x, y, moments.mean, moments.var, moments.count, *given)
 
 
 def apply_backward(
@@ -165,61 +117,8 @@ def apply_backward(
     activation: str,
 ) -> Gradients:
     """See `contract.Kernel.apply_backward`."""
-    return _gradients(dy, x, y, mean, var, None, gamma, beta, residual, mask, eps, activation, 1)
-
-
-def _gradients(
-    dy: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    count: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    residual: Tensor | None,
-    mask: Tensor | None,
-    eps: float,
-    activation: str,
-    given: int,
-) -> Gradients:
-    like, (x, layout) = x, _dense(x)
-    room, N, C, S = layout
-    wide = _wide(x)
-    # The field of the residual holds y where that is what the slope is taken from.
-    extra = _like(residual if y is None else y, x)
-    dy, mask = _like(dy, x), None if mask is None else mask.contiguous()
-    dresidual = None
-    if extra is not None and activation == "identity":
-        dresidual, extra = dy if mask is None else torch.where(mask.unsqueeze(1), dy, 0), None
-    mean, var, gamma, beta = (
-        _vector(mean, wide),
-        _vector(var, wide),
-        _vector(gamma, wide),
-        _vector(beta, wide),
-    )
-    dx, dz = torch.empty_like(x), None if extra is None else torch.empty_like(x)
-    dgamma, dbeta = x.new_empty(C, dtype=wide), x.new_empty(C, dtype=wide)
-    kernel = compiled(Spec(room, "backward", _KINDS[x.dtype], _options(room, activation, extra, mask)))
-    threads, splits, chunk = _plan(layout)
-    scratch = x.new_empty((2 * splits + 5 + 2 * splits) * C, dtype=torch.float64)
-
-    def block(phase: int) -> bytes:
-        return PACK(
-            phase, splits, given, N, C, S, chunk, _at(x), 0, _at(extra), _at(mask), _at(gamma), _at(beta),
-            _at(mean), _at(var), _at(count), _at(scratch), eps, 0.0, _at(dy), _at(dx), _at(dz),
-            _at(dgamma), _at(dbeta), 0, 0, 0,
-        )  # fmt: skip
-
-    if threads == 1 or (room == "planes" and splits == 1):
-        run(kernel, block(_WHOLE), threads)
-    else:
-        run(kernel, block(PREPARE), 1)
-        run(kernel, block(PARTIAL), threads)
-        run(kernel, block(MERGE), 1)
-        run(kernel, block(APPLY), threads)
-    dresidual = dz if dresidual is None else dresidual
-    return _laid_out_as(like, dx), dgamma, dbeta, None if dresidual is None else _laid_out_as(like, dresidual)
+    given = (gamma, beta, residual, mask, eps, activation)
+    return _gradients("apply_backward", dy, x, y, mean, var, 0, *given)
 
 
 def move(
@@ -230,6 +129,8 @@ def move(
     var: Tensor,
     count: int,
     momentum: float | None,
+    *,
+    inverted_with: float | None = None,
 ) -> None:
     """Move running statistics towards the moments of a batch, in place, unless one is not finite.
 
@@ -241,51 +142,96 @@ def move(
         var: Biased.
         count: Samples per channel, at least 2.
         momentum: Weight of the batch; ``None`` averages all batches equally.
+        inverted_with: If given, ``var`` holds 1/sqrt(var + this), as PyTorch hands it out.
     """
-    kernel = compiled(Spec("running", "move", _KINDS[mean.dtype], ()))
-    weight = -1.0 if momentum is None else momentum
+    inverted, eps = (0, 0.0) if inverted_with is None else (1, inverted_with)
     block = PACK(
-        0, 1, 0, count, mean.numel(), 1, 0, 0, 0, 0, 0, 0, 0, _at(mean), _at(var), 0, 0, 0.0, weight,
-        0, 0, 0, 0, 0, _at(running_mean), _at(running_var), _at(num_batches_tracked),
+        0, 1, inverted, count, mean.numel(), 1, 0, 0, 0, 0, 0, 0, 0, mean.data_ptr(), var.data_ptr(), 0, 0,
+        eps, -1.0 if momentum is None else momentum, 0, 0, 0, 0, 0,
+        running_mean.data_ptr(), running_var.data_ptr(), num_batches_tracked.data_ptr(),
     )  # fmt: skip
-    run(kernel, block, 1)
+    run(_mover(mean.dtype), block, 1)
     torch.autograd.graph.increment_version((running_mean, running_var, num_batches_tracked))
 
 
-def _dense(x: Tensor) -> tuple[Tensor, _Layout]:
-    """``x``, or a contiguous copy where it lies otherwise than the kernels know, and its layout."""
-    N, C = x.shape[0], x.shape[1]
-    S = x.numel() // (N * C)
-    if not x.is_contiguous():
-        if x.movedim(1, -1).is_contiguous():
-            return x, _Layout("rows", N * S, C, 1)
-        x = x.contiguous()
-    if S > 1:
-        return x, _Layout("planes", N, C, S)
-    # A single channel is one run of numbers.
-    return x, _Layout("planes", 1, 1, N) if C == 1 else _Layout("rows", N, C, 1)
+@cache
+def _mover(dtype: torch.dtype) -> Compiled:
+    return compiled(Spec("running", "move", KINDS[dtype], ()))
 
 
-def _plan(layout: _Layout) -> tuple[int, int, int]:
-    """Threads, parts of the data whose sums are merged, and elements or rows between two looks at them."""
-    room, N, C, S = layout
-    threads = max(min(num_threads(), N * C * S // _GRAIN), 1)
-    if room == "rows":
-        return threads, threads, min(max(_TILE // C, 4), _MOST_ROWS)
-    whole_channels = C % threads == 0 or 8 * threads <= C
-    return threads, 1 if whole_channels else threads, S * (_CHUNK // S) if S < _CHUNK else _CHUNK
+def _plan(function: str, x: Tensor, activation: str, has_residual: bool, has_mask: bool) -> Plan | None:
+    return plan(function, x.shape, x.stride(), x.dtype, activation, has_residual, has_mask, num_threads())
 
 
-def _options(
-    room: str, activation: str, residual: Tensor | None, mask: Tensor | None
-) -> tuple[str | bool, ...]:
-    # A mask hides whole rows, which are skipped; among planes it needs loops of its own.
-    joined = residual is not None
-    return (activation, joined) if room == "rows" else (activation, joined, mask is not None)
+def _transform(
+    chosen: Plan,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    count: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    eps: float,
+) -> Tensor:
+    kernel, steps, sizes, _, wide, num_scratch = chosen
+    residual, mask = _like(residual, x), None if mask is None else mask.contiguous()
+    gamma, beta = _vector(gamma, wide), _vector(beta, wide)
+    y, scratch = torch.empty_like(x), x.new_empty(num_scratch, dtype=torch.float64)
+    for phases, threads in steps:
+        block = PACK(
+            phases, *sizes, x.data_ptr(), y.data_ptr(), _at(residual), _at(mask), _at(gamma), _at(beta),
+            mean.data_ptr(), var.data_ptr(), _at(count), scratch.data_ptr(), eps, 0.0, 0, 0, 0, 0, 0, 0, 0, 0,
+        )  # fmt: skip
+        run(kernel, block, threads)
+    return y
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def _gradients(
+    function: str,
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    count: Tensor | int,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    eps: float,
+    activation: str,
+) -> Gradients:
+    # The field of the residual holds y where that is what the slope is taken from.
+    extra = residual if y is None else y
+    if extra is not None and activation == "identity":
+        fused = (gamma, beta, None, mask, eps, activation)
+        dx, dgamma, dbeta, _ = _gradients(function, dy, x, None, mean, var, count, *fused)
+        masked = dy if mask is None else torch.where(mask.unsqueeze(1), dy, 0)
+        return dx, dgamma, dbeta, _laid_out_as(x, masked)
+    chosen = _plan(function, x, activation, extra is not None, mask is not None)
+    if chosen is None:
+        given = (mean, var, count, gamma, beta, residual, mask, eps, activation)
+        dx, dgamma, dbeta, dresidual = _gradients(function, dy, x.contiguous(), y, *given)
+        dresidual = None if dresidual is None else _laid_out_as(x, dresidual)
+        return _laid_out_as(x, dx), dgamma, dbeta, dresidual
+    kernel, steps, sizes, C, wide, num_scratch = chosen
+    extra, dy, mask = _like(extra, x), _like(dy, x), None if mask is None else mask.contiguous()
+    mean, var = _vector(mean, wide), _vector(var, wide)
+    gamma, beta = _vector(gamma, wide), _vector(beta, wide)
+    dx, dz = torch.empty_like(x), None if extra is None else torch.empty_like(x)
+    dgamma, dbeta = x.new_empty(C, dtype=wide), x.new_empty(C, dtype=wide)
+    scratch = x.new_empty(num_scratch, dtype=torch.float64)
+    counted = count.data_ptr() if isinstance(count, Tensor) else 0
+    for phases, threads in steps:
+        block = PACK(
+            phases, *sizes, x.data_ptr(), 0, _at(extra), _at(mask), _at(gamma), _at(beta), mean.data_ptr(),
+            var.data_ptr(), counted, scratch.data_ptr(), eps, 0.0, dy.data_ptr(), dx.data_ptr(), _at(dz),
+            dgamma.data_ptr(), dbeta.data_ptr(), 0, 0, 0,
+        )  # fmt: skip
+        run(kernel, block, threads)
+    return dx, dgamma, dbeta, dz
 
 
 @overload
@@ -301,7 +247,8 @@ def _like(t: Tensor, x: Tensor) -> Tensor: ...
 @overload
 def _like(t: Tensor | None, x: Tensor) -> Tensor | None: ...
 def _like(t: Tensor | None, x: Tensor) -> Tensor | None:
-    if t is None or (t.dtype == x.dtype and t.stride() == x.stride()):
+    """``t`` as the kernel reads it: lying like ``x``, of its dtype, and not a lazily negated view."""
+    if t is None or (t.dtype == x.dtype and t.stride() == x.stride() and not t.is_neg()):
         return t
     return torch.empty_like(x).copy_(t)
 

@@ -2,7 +2,8 @@
 
 One thread takes whole channels where there are enough of them: it reads a channel from memory
 once, for its sums, and again from its cache, to apply them. Few channels are split into equal
-ranges of their N·S positions, whose sums are merged in order.
+ranges of their N·S positions, whose sums are merged in order. Given statistics need no sums, and
+memory is walked through in its own order.
 
 Legend: position p of a channel is location p % S of example p // S; a unit is one of the
 ``splits`` ranges of one channel; "wide" is what is computed with, float32 or float64.
@@ -104,22 +105,44 @@ def forward(kind: Any, activation: str, has_residual: bool, has_mask: bool) -> A
         store(scratch, (3 * part + 2) * C + c, squares)
 
     @_exact
-    def apply(block, c, begin, end, table):
-        C, mask = argument(block, "C"), argument(block, "mask")
+    def apply_run(block, c, place, p, num, table):
+        C, mask, at = argument(block, "C"), argument(block, "mask"), place * size
         x, y, residual = argument(block, "x"), argument(block, "y"), argument(block, "residual")
         mean, scale = fetch(table, c, wide), fetch(table, C + c, wide)
-        shift, p = fetch(table, 2 * C + c, wide), begin
-        while p < end:
-            place, num = _run_at(block, c, p, end)
-            at = place * size
-            for i in range(num):
-                store(y + at, i, transform(x + at, residual + at, mask + p, i, mean, scale, shift))
-            p += num
+        shift = fetch(table, 2 * C + c, wide)
+        for i in range(num):
+            store(y + at, i, transform(x + at, residual + at, mask + p, i, mean, scale, shift))
+
+    @_exact
+    def apply_channel(block, c, begin, end, table):
+        while begin < end:
+            place, num = _run_at(block, c, begin, end)
+            apply_run(block, c, place, begin, num, table)
+            begin += num
+
+    @_exact
+    def apply_in_order(block, table):
+        """Without sums to wait for, memory is best walked through from one end to the other."""
+        C, S = argument(block, "C"), argument(block, "S")
+        place, end = share(block, argument(block, "N") * C * S)
+        while place < end:
+            run = place // S
+            i, n = place - run * S, run // C
+            num = min(S - i, end - place)
+            apply_run(block, run - n * C, place, n * S + i, num, table)
+            place += num
 
     @_exact
     def kernel(block):
-        run, table = argument(block, "run"), table_at(block, FORWARD_SUMS)
-        first, last = share(block, argument(block, "C") * argument(block, "splits"))
+        run, table, C = argument(block, "run"), table_at(block, FORWARD_SUMS), argument(block, "C")
+        if argument(block, "given") != 0:
+            if run & PREPARE:
+                for c in range(C):
+                    prepare(block, c, wide, table)
+            if run & APPLY:
+                apply_in_order(block, table)
+            return
+        first, last = share(block, C * argument(block, "splits"))
         for unit in range(first, last):
             c, part, begin, end = _range_of(block, unit)
             if run & PARTIAL:
@@ -129,7 +152,7 @@ def forward(kind: Any, activation: str, has_residual: bool, has_mask: bool) -> A
             if run & PREPARE and part == 0:
                 prepare(block, c, wide, table)
             if run & APPLY:
-                apply(block, c, begin, end, table)
+                apply_channel(block, c, begin, end, table)
 
     return kernel
 

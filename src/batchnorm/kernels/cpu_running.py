@@ -27,16 +27,21 @@ def move(kind: Any) -> Any:
         probe = 0.0
         for c in range(C):
             probe += float64(load(mean, c, kind)) + float64(load(var, c, kind))
-        if math.isfinite(probe):
-            batches = fetch(tracked, 0, int64) + 1
-            store(tracked, 0, batches)
-            share = argument(block, "momentum")
-            if share < 0:
-                share = 1.0 / batches
-            unbiased = count / (count - 1.0)
-            for c in range(C):
-                old_mean, old_var = fetch(running_mean, c, kind), fetch(running_var, c, kind)
-                store(running_mean, c, kind(towards(old_mean, load(mean, c, kind), share)))
-                store(running_var, c, kind(towards(old_var, load(var, c, kind) * unbiased, share)))
+        if not math.isfinite(probe):
+            return
+        batches = fetch(tracked, 0, int64) + 1
+        store(tracked, 0, batches)
+        share = argument(block, "momentum")
+        if share < 0:
+            share = 1.0 / batches
+        eps, inverted = argument(block, "eps"), argument(block, "given") != 0
+        for c in range(C):
+            biased = float64(load(var, c, kind))
+            if inverted:
+                biased = max(1.0 / (biased * biased) - eps, 0.0)
+            old_mean, old_var = fetch(running_mean, c, kind), fetch(running_var, c, kind)
+            unbiased = biased * (count / (count - 1.0))
+            store(running_mean, c, kind(towards(old_mean, load(mean, c, kind), share)))
+            store(running_var, c, kind(towards(old_var, unbiased, share)))
 
     return kernel

@@ -72,13 +72,18 @@ def choose(
                 f"kernel {asked!r} was asked for and cannot run: {reason}; ask for another, or for 'auto'"
             )
         return KERNELS[asked]
-    fast = KERNELS["cpu" if x.device.type == "cpu" else "gpu"]
+    fast = KERNELS["cpu" if x.is_cpu else "gpu"]
     reason = fast.refuses(x, gamma, beta, residual, mask, activation)
     if not reason:
         return fast
     if x.device.type in ("cpu", "cuda"):
         _say(reason)
     return KERNELS["torch" if mask is None else "reference"]
+
+
+def is_automatic() -> bool:
+    """Whether no kernel was asked for by name."""
+    return _asked.get() == "auto"
 
 
 @cache
@@ -102,7 +107,11 @@ def runs_eagerly(*tensors: Tensor | None) -> bool:
         or torch._C._get_tracing_state() is not None
     ):
         return False
-    return all(t is None or type(t) in _PLAIN for t in tensors)
+    for t in tensors:  # noqa: SIM110, a generator costs more than all else here
+        # A lazily negated view, as the imaginary part of a conjugate, has other numbers in memory.
+        if t is not None and (type(t) not in _PLAIN or t.is_neg()):
+            return False
+    return True
 
 
 def is_transformed() -> bool:

@@ -28,7 +28,7 @@ def normalize(
     if not _records(x, gamma, beta, residual):
         return kernel.forward(x, gamma, beta, residual, mask, eps, activation)
     found: list[Moments] = []
-    y = _Normalize.apply(x, gamma, beta, residual, mask, eps, activation, kernel, found)
+    y = _apply(_Normalize)(x, gamma, beta, residual, mask, eps, activation, kernel, found)
     return y, found[0]
 
 
@@ -47,7 +47,7 @@ def apply(
     """`Kernel.apply` with its gradient."""
     if not _records(x, gamma, beta, residual):
         return kernel.apply(x, mean, var, gamma, beta, residual, mask, eps, activation)
-    return _Apply.apply(x, mean, var, gamma, beta, residual, mask, eps, activation, kernel)
+    return _apply(_Apply)(x, mean, var, gamma, beta, residual, mask, eps, activation, kernel)
 
 
 def _records(*tensors: Tensor | None) -> bool:
@@ -61,8 +61,15 @@ def _kept(y: Tensor, residual: Tensor | None, mask: Tensor | None, activation: s
     return (y, None) if activation in SIGN_IS_ENOUGH else (None, residual)
 
 
-def _cast(grad: Tensor | None, t: Tensor | None) -> Tensor | None:
-    return None if grad is None or t is None else grad.to(t.dtype)
+def _cast(grad: Tensor, t: Tensor | None) -> Tensor | None:
+    if t is None or grad.dtype == t.dtype:
+        return None if t is None else grad
+    return grad.to(t.dtype)
+
+
+def _apply(function: type[torch.autograd.Function]) -> Any:
+    # Past the wrapper that looks for function transforms in all arguments: there are none here.
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
 class _Normalize(torch.autograd.Function):

@@ -5,12 +5,13 @@ a graph where gradients are wanted, which is how eager code uses them.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from batchnorm.kernels.activations import TABLE
 from batchnorm.kernels.contract import Gradients
 from batchnorm.moments import Moments
+
+_CUDNN = True  # where it is installed and suits
 
 
 def refuses(
@@ -35,10 +36,10 @@ def forward(
     activation: str,
 ) -> tuple[Tensor, Moments]:
     """See `contract.Kernel.forward`; PyTorch hands out moments only as running averages."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    mean, unbiased = x.new_zeros(x.shape[1], dtype=wide), x.new_zeros(x.shape[1], dtype=wide)
-    y = F.batch_norm(x, mean, unbiased, _to(gamma, wide), _to(beta, wide), True, 1.0, eps)
-    count = x.numel() // x.shape[1]
+    wide, C = _wide(x), x.shape[1]
+    mean, unbiased = x.new_zeros(C, dtype=wide), x.new_zeros(C, dtype=wide)
+    y = torch.batch_norm(x, _to(gamma, wide), _to(beta, wide), mean, unbiased, True, 1.0, eps, _CUDNN)
+    count = x.numel() // C
     return _finish(y, residual, activation), Moments(mean, unbiased * ((count - 1) / count), count)
 
 
@@ -54,8 +55,9 @@ def apply(
     activation: str,
 ) -> Tensor:
     """See `contract.Kernel.apply`."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    y = F.batch_norm(x, mean.to(wide), var.to(wide), _to(gamma, wide), _to(beta, wide), False, 0.0, eps)
+    wide = _wide(x)
+    given = (_to(gamma, wide), _to(beta, wide), _to(mean, wide), _to(var, wide))
+    y = torch.batch_norm(x, *given, False, 0.0, eps, _CUDNN)
     return _finish(y, residual, activation)
 
 
@@ -103,7 +105,7 @@ def _gradients(
     activation: str,
     statistics: tuple[Tensor, Tensor] | None,
 ) -> Gradients:
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = _wide(x)
     if y is not None:
         dy, activation = dy * TABLE[activation].derivative(y), "identity"
     ones = torch.ones(x.shape[1], dtype=wide, device=x.device)
@@ -126,11 +128,16 @@ def _gradients(
     return dx, dgamma, dbeta, dresidual[0] if dresidual else None
 
 
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def _to(v: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return v if v is None else v.to(dtype)
+    return v if v is None or v.dtype == dtype else v.to(dtype)
 
 
 def _finish(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+    # In place: no gradient needs the output of the normalization itself.
     if residual is not None:
-        y = y + residual.to(y.dtype)
-    return TABLE[activation].value(y)
+        y = y.add_(residual)
+    return y.relu_() if activation == "relu" else TABLE[activation].value(y)

@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.functional import batch_norm, normalize_with
 from batchnorm.kernels.activations import check_activation
-from batchnorm.layers import recompute
+from batchnorm.layers import recompute, small
 from batchnorm.layers.running import commit, is_recomputation
 from batchnorm.moments import Moments
 
@@ -110,11 +110,15 @@ class Normalization(_BatchNorm):
                 f"the layer has activation={self.activation!r} and is called with activation={given!r}: "
                 f"give it in one place only"
             )
-        return self.activation if given is None else given
+        if given is None:
+            return self.activation
+        check_activation(given)
+        return given
 
     def _normalize(
         self, x: Tensor, residual: Tensor | None, mask: Tensor | None, activation: str | None
     ) -> Tensor:
+        weight, bias, mean, var = self._vectors()
         options: dict[str, Any] = {
             "eps": self.eps,
             "activation": activation,
@@ -122,16 +126,41 @@ class Normalization(_BatchNorm):
             "mask": mask,
             "channel_dim": self.channel_dim,
         }
-        weight, bias, mean, var = self._vectors()
         if mean is not None and (self.frozen or not self.training):
-            y = normalize_with(x, mean, var, weight, bias, **options)
+            y = None
+            unfused = activation is None and residual is None
+            if self._is_small(x, residual, mask, small.MOST_UNFUSED if unfused else small.MOST_ELEMENTS):
+                y = small.normalize_with(x, weight, bias, mean, var, self.eps, activation, residual)
+            if y is None:
+                y = normalize_with(x, mean, var, weight, bias, **options)
             recompute.offer(y, x, [mean, var, weight, bias], **options)
             return y
+        tracks = self.training and self.track_running_stats and mean is not None
+        moves = tracks and not is_recomputation()
+        if tracks and self._is_small(x, residual, mask, small.MOST_ELEMENTS):
+            running = (mean, var, self.num_batches_tracked if moves else None, self.momentum)
+            found = small.normalize(x, weight, bias, *running, self.eps, activation, residual)
+            if found is not None:
+                y, mean, inv_std = found
+                if recompute.active() is not None:
+                    var = inv_std.square().reciprocal() - self.eps
+                    recompute.offer(y, x, [mean, var, weight, bias], **options)
+                return y
         y, moments = batch_norm(x, weight, bias, **options)
         recompute.offer(y, x, [moments.mean, moments.var, weight, bias], **options)
-        if self.training and self.track_running_stats and mean is not None and not is_recomputation():
+        if moves:
             commit(mean, var, self.num_batches_tracked, moments, self.momentum)
         return y
+
+    def _is_small(self, x: Tensor, residual: Tensor | None, mask: Tensor | None, most: int) -> bool:
+        return (
+            not torch.compiler.is_compiling()
+            and self.num_features < x.numel() <= most
+            and x.is_cpu
+            and mask is None
+            and (residual is None or (residual.shape == x.shape and residual.dtype == x.dtype))
+            and (self.channel_dim == 1 or x.dim() == 2)
+        )
 
     def _vectors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         return self.weight, self.bias, self.running_mean, self.running_var

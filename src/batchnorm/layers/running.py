@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm.kernels import cpu, dispatch
+from batchnorm.kernels import cpu
 from batchnorm.moments import Moments
 
 
@@ -62,14 +62,17 @@ def commit(
 
 def _moves_at_once(mean: Tensor, var: Tensor, tracked: Tensor, moments: Moments) -> bool:
     """Whether the CPU's kernel can do it: plain tensors of one dtype that lie as it reads them."""
-    vectors = (moments.mean, moments.var, mean, var)
-    dtype = moments.mean.dtype
+    new, dtype = moments.mean, mean.dtype
     return (
-        dispatch.runs_eagerly(*vectors, tracked)
-        and not cpu.refuses(mean, None, None, None, None, "identity")
-        and all(v.dtype == dtype and v.is_contiguous() and v.device == mean.device for v in vectors)
-        and tracked.device == mean.device
+        type(new) is type(mean) is type(tracked) is Tensor
+        and new.is_cpu
+        and mean.is_cpu
+        and dtype == var.dtype == new.dtype == moments.var.dtype
+        and mean.is_contiguous()
+        and var.is_contiguous()
         and not mean.is_inference()
+        and torch._C._get_tracing_state() is None
+        and not cpu.missing()
     )
 
 

@@ -1,0 +1,111 @@
+"""How the CPU's kernels go about a tensor: which kernel, in what parts, on how many threads."""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from batchnorm.kernels.cpu_build import Spec, compiled
+from batchnorm.kernels.cpu_threads import APPLY, MERGE, PARTIAL, PREPARE, Compiled
+
+KINDS = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "uint16"}
+"""Dtypes that there are kernels for, and what they hold their numbers as."""
+
+_WHOLE = PARTIAL | MERGE | PREPARE | APPLY
+_STEPS = {
+    "forward": (PARTIAL, MERGE | PREPARE, APPLY),
+    "apply": (0, PREPARE, APPLY),
+    "backward": (PREPARE, PARTIAL, MERGE, APPLY),
+    "apply_backward": (PREPARE, PARTIAL, MERGE, APPLY),
+}
+_SCRATCH = {"forward": 6, "apply": 6, "backward": 4, "apply_backward": 4}
+
+_GRAIN = 16384  # elements that are worth a thread
+_CHUNK, _TILE = 4096, 16384  # elements that are in a near cache still when they are looked at again
+_MOST_ROWS = 256  # of a tile, whose sums are float32
+
+
+class Plan(NamedTuple):
+    """What to run on tensors of one shape and layout.
+
+    Attributes:
+        kernel: For the layout, dtype and fusion.
+        steps: Phases to run one after the other, each with its number of threads.
+        sizes: The fields ``splits``, ``given``, ``N``, ``C``, ``S`` and ``chunk``.
+        num_channels: C, of the tensor.
+        wide: What is computed in.
+        num_scratch: Numbers of float64 that the kernel needs beside its results.
+    """
+
+    kernel: Compiled
+    steps: tuple[tuple[int, int], ...]
+    sizes: tuple[int, ...]
+    num_channels: int
+    wide: torch.dtype
+    num_scratch: int
+
+
+@lru_cache(maxsize=4096)
+def plan(
+    function: str,
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    activation: str,
+    has_residual: bool,
+    has_mask: bool,
+    threads: int,
+) -> Plan | None:
+    """The plan for one of the functions of `contract.Kernel`; ``None`` for a layout no kernel knows."""
+    found = _layout(shape, strides)
+    if found is None:
+        return None
+    room, N, C, S = found
+    threads = max(min(threads, N * C * S // _GRAIN), 1)
+    if room == "rows":
+        splits, chunk = threads, min(max(_TILE // C, 4), _MOST_ROWS)
+    else:
+        # Whole channels, unless some threads would then have to wait for others.
+        splits = 1 if C % threads == 0 or 8 * threads <= C else threads
+        chunk = S * (_CHUNK // S) if S < _CHUNK else _CHUNK
+    if threads == 1 or (room == "planes" and splits == 1 and function != "apply"):
+        phases = sum(_STEPS[function])
+        steps: tuple[tuple[int, int], ...] = ((phases, threads),)
+    else:
+        alone = (MERGE, PREPARE, MERGE | PREPARE)
+        steps = tuple((phase, 1 if phase in alone else threads) for phase in _STEPS[function] if phase)
+    # A mask hides whole rows, which are skipped; among planes it needs loops of its own.
+    fusion = (activation, has_residual) if room == "rows" else (activation, has_residual, has_mask)
+    direction = "backward" if "backward" in function else "forward"
+    return Plan(
+        kernel=compiled(Spec(room, direction, KINDS[dtype], fusion)),
+        steps=steps,
+        sizes=(splits, int("apply" in function), N, C, S, chunk),
+        num_channels=shape[1],
+        wide=torch.float64 if dtype == torch.float64 else torch.float32,
+        num_scratch=(_SCRATCH[function] * splits + 5) * C,
+    )
+
+
+def _layout(shape: torch.Size, strides: tuple[int, ...]) -> tuple[str, int, int, int] | None:
+    """ "planes" as (N, C, S), or "rows" as (N, C, 1)."""
+    N, C = shape[0], shape[1]
+    S = shape[2:].numel()
+    if _is_adjacent(shape, strides):
+        if S > 1:
+            return "planes", N, C, S
+        # A single channel is one run of numbers.
+        return ("planes", 1, 1, N) if C == 1 else ("rows", N, C, 1)
+    if _is_adjacent((N, *shape[2:], C), (strides[0], *strides[2:], strides[1])):
+        return "rows", N * S, C, 1
+    return None
+
+
+def _is_adjacent(sizes: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    expected = 1
+    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
+        if size > 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
