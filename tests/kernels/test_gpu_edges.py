@@ -160,6 +160,12 @@ def test_half_vectors_and_a_residual_wider_than_the_input(activation):
     assert dz.equal(shown)
 
 
+def test_a_dense_layout_of_another_order_is_kept():
+    # Channels outermost: neither contiguous nor channels-last; compare() checks the strides of results.
+    compare(draw(3, 6, 5).transpose(0, 1), activation="silu", with_residual=True)
+    compare(draw(3, 6).T, given=True)
+
+
 def test_inputs_are_left_as_they_were(splits):
     x, residual, dy = draw(9, 3, 29), draw(9, 3, 29), draw(9, 3, 29)
     before = [t.clone() for t in (x, residual, dy)]
