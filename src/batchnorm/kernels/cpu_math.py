@@ -25,8 +25,9 @@ _INV_SQRT_TAU = 1 / math.sqrt(2 * math.pi)
 
 
 @_inline
-def _expm1_float32(v):
-    # exp(v) = 2ⁿ·exp(r) with |r| ≤ ln2/2, where Taylor's seventh power leaves 5e-9.
+def _powers_float32(v):
+    """2ⁿ and exp(r) − 1, where exp(v) = 2ⁿ·exp(r)."""
+    # For |r| ≤ ln2/2 the seventh power of Taylor leaves 5e-9.
     v = float32(-87.0) if v < float32(-87.0) else v
     v = float32(88.0) if v > float32(88.0) else v
     shifted = v * _LOG2_E + _ROUNDER
@@ -40,6 +41,18 @@ def _expm1_float32(v):
     p = p * r + float32(1 / 2)
     p = r + r * r * p
     power = as_bits(int32((as_bits(shifted) - _ROUNDER_BITS + int32(127)) << int32(23)))
+    return power, p
+
+
+@_inline
+def _exp_float32(v):
+    power, p = _powers_float32(v)
+    return power + power * p
+
+
+@_inline
+def _expm1_float32(v):
+    power, p = _powers_float32(v)
     return power * p + (power - float32(1.0))
 
 
@@ -57,7 +70,11 @@ def _lower_tail_float32(v):
     p = p * t + float32(0.110227354)
     p = p * t + float32(0.119572838)
     p = p * t + float32(0.119686634)
-    return t * p * (_expm1_float32(float32(-0.5) * v * v) + float32(1.0))
+    return t * p * _exp_float32(float32(-0.5) * v * v)
+
+
+def _exp(v):
+    return math.exp(v)
 
 
 def _expm1(v):
@@ -67,6 +84,11 @@ def _expm1(v):
 def _lower_tail(v):
     """The normal distribution's Φ(v) for v ≤ 0, relatively exact far out."""
     return 0.5 * math.erfc(-v * _INV_SQRT_2)
+
+
+@overload(_exp, jit_options={"error_model": "numpy"})
+def _(v):
+    return (lambda v: _exp_float32(v)) if v == float32 else (lambda v: math.exp(v))
 
 
 @overload(_expm1, jit_options={"error_model": "numpy"})
@@ -121,7 +143,7 @@ def _elu(z):
 
 @_inline
 def _elu_slope(z):
-    return type(z)(1.0) if z > type(z)(0.0) else _expm1(z) + type(z)(1.0)
+    return type(z)(1.0) if z > type(z)(0.0) else _exp(z)
 
 
 @_inline
@@ -137,19 +159,19 @@ def _gelu(z):
 
 @_inline
 def _gelu_slope(z):
-    density = (_expm1(type(z)(-0.5) * z * z) + type(z)(1.0)) * type(z)(_INV_SQRT_TAU)
+    density = _exp(type(z)(-0.5) * z * z) * type(z)(_INV_SQRT_TAU)
     return _phi(z) + z * density
 
 
 @_inline
 def _sigmoid(z):
-    return type(z)(1.0) / (type(z)(2.0) + _expm1(-z))
+    return type(z)(1.0) / (type(z)(1.0) + _exp(-z))
 
 
 @_inline
 def _sigmoid_slope(z):
     # From −|z|, where nothing overflows: the slope is even.
-    e = _expm1(-abs(z)) + type(z)(1.0)
+    e = _exp(-abs(z))
     return e / ((type(z)(1.0) + e) * (type(z)(1.0) + e))
 
 
@@ -160,8 +182,11 @@ def _silu(z):
 
 @_inline
 def _silu_slope(z):
-    gate = _sigmoid(z)
-    return gate * (type(z)(1.0) + z * (type(z)(1.0) - gate))
+    # The gate and what it lacks to 1, each to its own digits: 1 − gate would be left with none.
+    e = _exp(-abs(z))
+    most = type(z)(1.0) / (type(z)(1.0) + e)
+    least = e * most
+    return most * (type(z)(1.0) + z * least) if z > type(z)(0.0) else least * (type(z)(1.0) + z * most)
 
 
 @_inline
