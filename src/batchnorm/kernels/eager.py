@@ -106,7 +106,8 @@ class _Apply(torch.autograd.Function):
     def forward(ctx, x, mean, var, gamma, beta, residual, mask, eps, activation, kernel):
         y = kernel.apply(x, mean, var, gamma, beta, residual, mask, eps, activation)
         output, joined = _kept(y, residual, mask, activation)
-        ctx.save_for_backward(x, output, mean, var, gamma, beta, joined, mask)
+        # Copies: these are a layer's running statistics, which the next batch may move in place.
+        ctx.save_for_backward(x, output, mean.clone(), var.clone(), gamma, beta, joined, mask)
         ctx.settings = eps, activation, kernel, residual is not None
         return y
 
