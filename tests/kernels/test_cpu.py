@@ -300,3 +300,72 @@ def test_reference_and_kernel_agree_on_the_whole_contract():
             assert mine.keys() == truth.keys()
             for name, value in truth.items():
                 torch.testing.assert_close(mine[name], value, rtol=1e-12, atol=1e-13, msg=name)
+
+
+@pytest.fixture
+def plans(monkeypatch):
+    """Plans made anew, under whatever a test changes, and forgotten afterwards."""
+    monkeypatch.setattr(cpu_plan, "_GRAIN", 8)
+    cpu_plan.plan.cache_clear()
+    yield monkeypatch
+    cpu_plan.plan.cache_clear()
+
+
+@pytest.mark.parametrize("shape", [(6, 8, 5, 7), (5, 3, 4), (6, 8), (1, 4, 9, 9), (6, 2, 3, 3)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_slice_of_a_concatenations_gradient_is_read_where_it_is(shape, layout, threads, plans):
+    torch.set_num_threads(threads)
+    dy = layout(torch.randn(shape[0], shape[1] + 5, *shape[2:]))[:, 2 : 2 + shape[1]]
+    x = layout(torch.randn(shape))
+    assert cpu_plan.pitch(x.shape, x.stride(), dy.stride()) is not None
+    for statistics in (None, moments_of(x)):
+        arguments = (None, None, None, None, 1e-5, "relu", statistics)
+        got, _ = run(cpu, x, dy, *arguments)
+        expected, _ = run(cpu, x, dy.clone(), *arguments)
+        assert all(torch.equal(got[name], expected[name]) for name in got)
+
+
+def test_gradients_that_lie_otherwise_are_copied():
+    x = torch.randn(6, 8, 5, 7)
+    lying = {
+        "expanded": torch.ones(()).expand(6, 8, 5, 7),
+        "channels last": last(torch.randn(6, 8, 5, 7)),
+        "transposed": torch.randn(6, 8, 7, 5).mT,
+        "every second": torch.randn(6, 8, 5, 14)[..., ::2],
+        "broadcast over the batch": torch.randn(1, 8, 5, 7).expand(6, 8, 5, 7),
+    }
+    for images in (x, last(x)):
+        for name, dy in lying.items():
+            got, _ = run(cpu, images, dy, None, None, None, None)
+            expected, _ = run(cpu, images, dy.contiguous(), None, None, None, None)
+            assert all(torch.equal(got[k], expected[k]) for k in got), name
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(3, 5, 48), (2, 1, 4128), (3, 16), (3, 2064, 2)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("fusion", FUSIONS.values(), ids=FUSIONS)
+def test_results_written_past_the_caches_are_the_same_bits(shape, layout, fusion, threads, plans):
+    torch.set_num_threads(threads)
+    arguments = inputs(shape, layout=layout, **fusion)
+    for statistics in (None, moments_of(arguments[0])):
+        found = []
+        for cache in (2**40, 0):
+            plans.setattr(cpu_plan, "_cache_bytes", lambda cache=cache: cache)
+            cpu_plan.plan.cache_clear()
+            found.append(run(cpu, *arguments, given=statistics)[0])
+        assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_only_whole_lines_beyond_the_cache_are_written_past_it(plans):
+    plans.setattr(cpu_plan, "_cache_bytes", lambda: 2**20)
+
+    def streams(*shape, dtype=torch.float32):
+        x = torch.empty(shape)
+        return cpu_plan.plan("forward", x.shape, x.stride(), dtype, "relu", False, False, 1).streams
+
+    assert streams(32, 64, 16, 16)
+    assert not streams(32, 64, 15, 15)
+    assert not streams(2, 64, 16, 16)
+    assert not streams(64, 64, 4, 4, dtype=torch.bfloat16)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from batchnorm.kernels.contract import Gradients
 from batchnorm.kernels.cpu_build import Spec, compiled
-from batchnorm.kernels.cpu_plan import KINDS, Plan, plan
+from batchnorm.kernels.cpu_plan import KINDS, LINE, Plan, pitch, plan
 from batchnorm.kernels.cpu_threads import PACK, Compiled, num_threads, run
 from batchnorm.moments import Moments
 
@@ -146,8 +146,8 @@ def move(
     """
     inverted, eps = (0, 0.0) if inverted_with is None else (1, inverted_with)
     block = PACK(
-        0, 1, inverted, count, mean.numel(), 1, 0, 0, 0, 0, 0, 0, 0, mean.data_ptr(), var.data_ptr(), 0, 0,
-        eps, -1.0 if momentum is None else momentum, 0, 0, 0, 0, 0,
+        0, 1, inverted, count, mean.numel(), 1, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+        mean.data_ptr(), var.data_ptr(), 0, 0, eps, -1.0 if momentum is None else momentum, 0, 0, 0, 0, 0,
         running_mean.data_ptr(), running_var.data_ptr(), num_batches_tracked.data_ptr(),
     )  # fmt: skip
     run(_mover(mean.dtype), block, 1)
@@ -175,14 +175,16 @@ def _transform(
     mask: Tensor | None,
     eps: float,
 ) -> Tensor:
-    kernel, steps, sizes, _, wide, num_scratch = chosen
+    kernel, steps, sizes, _, wide, num_scratch, streams = chosen
     residual, mask = _like(residual, x), None if mask is None else mask.contiguous()
     gamma, beta = _vector(gamma, wide), _vector(beta, wide)
     y, scratch = torch.empty_like(x), x.new_empty(num_scratch, dtype=torch.float64)
+    streams = streams and y.data_ptr() % LINE == 0
     for phases, threads in steps:
         block = PACK(
-            phases, *sizes, x.data_ptr(), y.data_ptr(), _at(residual), _at(mask), _at(gamma), _at(beta),
-            mean.data_ptr(), var.data_ptr(), _at(count), scratch.data_ptr(), eps, 0.0, 0, 0, 0, 0, 0, 0, 0, 0,
+            phases, *sizes, streams, 0, x.data_ptr(), y.data_ptr(), _at(residual), _at(mask),
+            _at(gamma), _at(beta), mean.data_ptr(), var.data_ptr(), _at(count), scratch.data_ptr(),
+            eps, 0.0, 0, 0, 0, 0, 0, 0, 0, 0,
         )  # fmt: skip
         run(kernel, block, threads)
     return y
@@ -216,19 +218,24 @@ def _gradients(
         dx, dgamma, dbeta, dresidual = _gradients(function, dy, x.contiguous(), y, *given)
         dresidual = None if dresidual is None else _laid_out_as(x, dresidual)
         return _laid_out_as(x, dx), dgamma, dbeta, dresidual
-    kernel, steps, sizes, C, wide, num_scratch = chosen
-    extra, dy, mask = _like(extra, x), _like(dy, x), None if mask is None else mask.contiguous()
+    kernel, steps, sizes, C, wide, num_scratch, streams = chosen
+    extra, mask = _like(extra, x), None if mask is None else mask.contiguous()
+    apart = pitch(x.shape, x.stride(), dy.stride())
+    if apart is None or dy.dtype != x.dtype or dy.is_neg():
+        dy = torch.empty_like(x).copy_(dy)
+        apart = pitch(x.shape, x.stride(), x.stride())
     mean, var = _vector(mean, wide), _vector(var, wide)
     gamma, beta = _vector(gamma, wide), _vector(beta, wide)
     dx, dz = torch.empty_like(x), None if extra is None else torch.empty_like(x)
     dgamma, dbeta = x.new_empty(C, dtype=wide), x.new_empty(C, dtype=wide)
     scratch = x.new_empty(num_scratch, dtype=torch.float64)
     counted = count.data_ptr() if isinstance(count, Tensor) else 0
+    streams = streams and dx.data_ptr() % LINE == 0 and _at(dz) % LINE == 0
     for phases, threads in steps:
         block = PACK(
-            phases, *sizes, x.data_ptr(), 0, _at(extra), _at(mask), _at(gamma), _at(beta), mean.data_ptr(),
-            var.data_ptr(), counted, scratch.data_ptr(), eps, 0.0, dy.data_ptr(), dx.data_ptr(), _at(dz),
-            dgamma.data_ptr(), dbeta.data_ptr(), 0, 0, 0,
+            phases, *sizes, streams, apart, x.data_ptr(), 0, _at(extra), _at(mask),
+            _at(gamma), _at(beta), mean.data_ptr(), var.data_ptr(), counted, scratch.data_ptr(),
+            eps, 0.0, dy.data_ptr(), dx.data_ptr(), _at(dz), dgamma.data_ptr(), dbeta.data_ptr(), 0, 0, 0,
         )  # fmt: skip
         run(kernel, block, threads)
     return dx, dgamma, dbeta, dz

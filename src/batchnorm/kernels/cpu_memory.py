@@ -4,6 +4,9 @@ A kernel takes one address, that of a block of 64-bit fields (`FIELDS`), because
 thread pool can hand to a function. Tensors are read by `load`, which promises the compiler that
 no kernel writes them: so loops become vector code without a check for overlap. Whatever is
 written (results, scratch) goes through `store` and is read back by `fetch`.
+
+A result that no cache can hold is written around the caches: by way of a `stage` on the stack,
+whose full lines `stream` sends to memory, which then need not be read before they are written.
 """
 
 from typing import Any
@@ -16,6 +19,9 @@ from numba.extending import intrinsic, register_jitable
 from batchnorm.kernels.cpu_threads import DOUBLES, FIELDS
 
 _READ, _WRITTEN = "read", "written"
+
+LINE, STAGE = 64, 4096
+"""Bytes of a cache line, and of a `stage`."""
 
 
 def _annotate(builder: Any, instruction: Any, own: str, others: str) -> Any:
@@ -64,6 +70,54 @@ def store(typing_context, address, index, value):
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, value), lower
+
+
+@intrinsic
+def stage(typing_context):
+    """``stage()``: the address of `STAGE` bytes on this thread's stack, other ones in every place."""
+
+    def lower(context, builder, signature, args):
+        with builder.goto_entry_block():
+            room = builder.alloca(ir.ArrayType(ir.IntType(8), STAGE))
+        room.align = LINE
+        return builder.ptrtoint(room, cgutils.intp_t)
+
+    return types.int64(), lower
+
+
+@intrinsic
+def _stream_line(typing_context, target, source):
+    def lower(context, builder, signature, args):
+        line = ir.VectorType(ir.IntType(32), LINE // 4)
+        there, here = (builder.inttoptr(a, line.as_pointer()) for a in args)
+        sent = builder.store(builder.load(here, align=LINE), there, align=LINE)
+        sent.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), lower
+
+
+@intrinsic
+def _settle(typing_context):
+    def lower(context, builder, signature, args):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), lower
+
+
+@register_jitable(error_model="numpy")
+def stream(target, source, size):
+    """Copy ``size`` bytes, whole lines from line to line, past the caches."""
+    for at in range(0, size, LINE):
+        _stream_line(target + at, source + at)
+
+
+@register_jitable(error_model="numpy")
+def settle(block):
+    """Wait until what this thread has streamed can be seen by all."""
+    if argument(block, "streams") != 0:
+        _settle()
 
 
 @intrinsic(prefer_literal=True)

@@ -1,6 +1,7 @@
 """How the CPU's kernels go about a tensor: which kernel, in what parts, on how many threads."""
 
-from functools import lru_cache
+from functools import cache, lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,10 @@ _SCRATCH = {"forward": 6, "apply": 6, "backward": 4, "apply_backward": 4}
 
 _GRAIN = 16384  # elements that are worth a thread
 _CHUNK, _TILE = 4096, 16384  # elements that are in a near cache still when they are looked at again
+LINE = 64
+"""Bytes of a cache line."""
+
+_DEFAULT_CACHE = 2**25
 _MOST_ROWS = 256  # of a tile, whose sums are float32
 
 
@@ -35,6 +40,7 @@ class Plan(NamedTuple):
         num_channels: C, of the tensor.
         wide: What is computed in.
         num_scratch: Numbers of float64 that the kernel needs beside its results.
+        streams: Whether results are best written past the caches, if they begin with a cache line.
     """
 
     kernel: Compiled
@@ -43,6 +49,7 @@ class Plan(NamedTuple):
     num_channels: int
     wide: torch.dtype
     num_scratch: int
+    streams: bool
 
 
 @lru_cache(maxsize=4096)
@@ -84,7 +91,24 @@ def plan(
         num_channels=shape[1],
         wide=torch.float64 if dtype == torch.float64 else torch.float32,
         num_scratch=(_SCRATCH[function] * splits + 5) * C,
+        streams=_streams(N * C * S, (S if room == "planes" else C) * dtype.itemsize, dtype.itemsize),
     )
+
+
+def _streams(elements: int, run: int, size: int) -> bool:
+    """Whether to write past the caches: whole lines, and more than a cache keeps beside what is read."""
+    return run % LINE == 0 and 2 * elements * size > _cache_bytes()
+
+
+@cache
+def _cache_bytes() -> int:
+    """Size of the last-level cache, or a common one where the system does not tell."""
+    sizes = [_DEFAULT_CACHE]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        if text.endswith("K") and text[:-1].isdigit():
+            sizes.append(1024 * int(text[:-1]))
+    return max(sizes[1:] or sizes)
 
 
 def _layout(shape: torch.Size, strides: tuple[int, ...]) -> tuple[str, int, int, int] | None:
@@ -101,8 +125,35 @@ def _layout(shape: torch.Size, strides: tuple[int, ...]) -> tuple[str, int, int,
     return None
 
 
-def _is_adjacent(sizes: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    expected = 1
+@lru_cache(maxsize=4096)
+def pitch(shape: torch.Size, strides: tuple[int, ...], others: tuple[int, ...]) -> int | None:
+    """Elements from one row, or one example of planes, to the next of a tensor beside another.
+
+    So a slice of a concatenation's gradient is read where it is.
+
+    Args:
+        shape: Of both.
+        strides: Of the one that has a `plan`.
+        others: Of the one that is asked about.
+
+    Returns:
+        ``None`` if within rows or examples the two lie differently.
+    """
+    room, N, C, S = _layout(shape, strides) or ("", 0, 0, 0)
+    if others == strides:
+        return C if room == "rows" else C * S
+    if room == "planes" and shape[0] == N and _is_adjacent(shape[1:], others[1:]):
+        return others[0]
+    if room == "rows" and others[1] == 1:
+        sizes, outer = (shape[0], *shape[2:]), (others[0], *others[2:])
+        apart = next((s for n, s in zip(reversed(sizes), reversed(outer), strict=True) if n > 1), C)
+        return apart if _is_adjacent(sizes, outer, apart) else None
+    return None
+
+
+def _is_adjacent(sizes: tuple[int, ...], strides: tuple[int, ...], apart: int = 1) -> bool:
+    """Whether such elements follow each other in order, ``apart`` from one to the next."""
+    expected = apart
     for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
         if size > 1:
             if stride != expected:

@@ -25,7 +25,20 @@ from batchnorm.kernels.cpu_channel import (
     table_at,
 )
 from batchnorm.kernels.cpu_elements import deviation_of, gradient_of, transform_of, widened
-from batchnorm.kernels.cpu_memory import argument, fetch, load, narrow, share, store, widen
+from batchnorm.kernels.cpu_memory import (
+    LINE,
+    STAGE,
+    argument,
+    fetch,
+    load,
+    narrow,
+    settle,
+    share,
+    stage,
+    store,
+    stream,
+    widen,
+)
 from batchnorm.kernels.cpu_threads import APPLY, MERGE, PARTIAL, PREPARE
 
 # Sums may be taken in any order, as vector code must, but nothing is assumed finite.
@@ -34,12 +47,19 @@ _exact = register_jitable(error_model="numpy", fastmath={"contract"})
 
 
 @_exact
+def _cut(total, part, parts):
+    """Where a part of ``total`` elements begins: with a cache line, whatever the kind of numbers."""
+    begin = total * part // parts
+    return begin - begin % LINE if part < parts else total
+
+
+@_exact
 def _range_of(block, unit):
     """Channel, part, and the first and end position of a unit."""
     splits, positions = argument(block, "splits"), argument(block, "N") * argument(block, "S")
     c = unit // splits
     part = unit - c * splits
-    return c, part, positions * part // splits, positions * (part + 1) // splits
+    return c, part, _cut(positions, part, splits), _cut(positions, part + 1, splits)
 
 
 @_exact
@@ -105,13 +125,26 @@ def forward(kind: Any, activation: str, has_residual: bool, has_mask: bool) -> A
         store(scratch, (3 * part + 2) * C + c, squares)
 
     @_exact
-    def apply_run(block, c, place, p, num, table):
+    def put(block, c, place, p, num, table, y):
         C, mask, at = argument(block, "C"), argument(block, "mask"), place * size
-        x, y, residual = argument(block, "x"), argument(block, "y"), argument(block, "residual")
+        x, residual = argument(block, "x"), argument(block, "residual")
         mean, scale = fetch(table, c, wide), fetch(table, C + c, wide)
         shift = fetch(table, 2 * C + c, wide)
         for i in range(num):
-            store(y + at, i, transform(x + at, residual + at, mask + p, i, mean, scale, shift))
+            store(y, i, transform(x + at, residual + at, mask + p, i, mean, scale, shift))
+
+    @_exact
+    def apply_run(block, c, place, p, num, table):
+        y = argument(block, "y")
+        if argument(block, "streams") == 0:
+            put(block, c, place, p, num, table, y + place * size)
+            return
+        staged = stage()
+        while num > 0:
+            some = min(num, STAGE // size)
+            put(block, c, place, p, some, table, staged)
+            stream(y + place * size, staged, some * size)
+            place, p, num = place + some, p + some, num - some
 
     @_exact
     def apply_channel(block, c, begin, end, table):
@@ -124,7 +157,10 @@ def forward(kind: Any, activation: str, has_residual: bool, has_mask: bool) -> A
     def apply_in_order(block, table):
         """Without sums to wait for, memory is best walked through from one end to the other."""
         C, S = argument(block, "C"), argument(block, "S")
-        place, end = share(block, argument(block, "N") * C * S)
+        total = argument(block, "N") * C * S
+        # In pieces of whole cache lines; what is left over is the last thread's.
+        first, last = share(block, total // LINE)
+        place, end = first * LINE, total if last == total // LINE else last * LINE
         while place < end:
             run = place // S
             i, n = place - run * S, run // C
@@ -141,6 +177,7 @@ def forward(kind: Any, activation: str, has_residual: bool, has_mask: bool) -> A
                     prepare(block, c, wide, table)
             if run & APPLY:
                 apply_in_order(block, table)
+                settle(block)
             return
         first, last = share(block, C * argument(block, "splits"))
         for unit in range(first, last):
@@ -153,6 +190,7 @@ def forward(kind: Any, activation: str, has_residual: bool, has_mask: bool) -> A
                 prepare(block, c, wide, table)
             if run & APPLY:
                 apply_channel(block, c, begin, end, table)
+        settle(block)
 
     return kernel
 
@@ -161,6 +199,13 @@ def backward(kind: Any, activation: str, has_residual: bool, has_mask: bool) -> 
     """The kernel of `cpu.backward` and `cpu.apply_backward`, not yet compiled."""
     wide, size = widened(kind), kind.bitwidth // 8
     gradient = gradient_of(kind, activation, has_residual, has_mask)
+
+    @_exact
+    def dy_at(block, c, p):
+        """Where position ``p`` lies in ∂y, whose examples may be further apart than those of x."""
+        S = argument(block, "S")
+        n = p // S
+        return argument(block, "dy") + (n * argument(block, "dy_pitch") + c * S + p - n * S) * size
 
     @_sums
     def sums_run(dy, x, extra, mask, num, mean, scale, shift):
@@ -174,15 +219,15 @@ def backward(kind: Any, activation: str, has_residual: bool, has_mask: bool) -> 
     @_exact
     def sums(block, c, part, begin, end, table):
         C, scratch, mask = argument(block, "C"), argument(block, "scratch"), argument(block, "mask")
-        dy, x, extra = argument(block, "dy"), argument(block, "x"), argument(block, "residual")
-        chunk = argument(block, "chunk")
+        x, extra, chunk = argument(block, "x"), argument(block, "residual"), argument(block, "chunk")
         mean, scale = fetch(table, c, wide), fetch(table, C + c, wide)
         shift, p, total, along = fetch(table, 2 * C + c, wide), begin, 0.0, 0.0
         while p < end:
             place, num = _run_at(block, c, p, end)
             num = min(num, chunk)
             at = place * size
-            more, further = sums_run(dy + at, x + at, extra + at, mask + p, num, mean, scale, shift)
+            dy = dy_at(block, c, p)
+            more, further = sums_run(dy, x + at, extra + at, mask + p, num, mean, scale, shift)
             total += more
             along += further
             p += num
@@ -190,24 +235,38 @@ def backward(kind: Any, activation: str, has_residual: bool, has_mask: bool) -> 
         store(scratch, (2 * part + 1) * C + c, along)
 
     @_exact
-    def apply(block, c, begin, end, table):
-        C, mask = argument(block, "C"), argument(block, "mask")
-        dy, x, extra = argument(block, "dy"), argument(block, "x"), argument(block, "residual")
-        dx, dresidual = argument(block, "dx"), argument(block, "dresidual")
+    def put(block, c, place, p, num, table, dx, dresidual):
+        C, mask, at = argument(block, "C"), argument(block, "mask") + p, place * size
+        dy, x, extra = dy_at(block, c, p), argument(block, "x") + at, argument(block, "residual") + at
         mean, scale = fetch(table, c, wide), fetch(table, C + c, wide)
-        shift, p = fetch(table, 2 * C + c, wide), begin
+        shift = fetch(table, 2 * C + c, wide)
         constant, slope = fetch(table, 3 * C + c, wide), fetch(table, 4 * C + c, wide)
+        for i in range(num):
+            dz, deviation = gradient(dy, x, extra, mask, i, mean, scale, shift)
+            change = scale * ((dz - constant) - deviation * slope)
+            if has_mask:
+                change = change if load(mask, i, uint8) != 0 else wide(0)
+            store(dx, i, narrow(change, kind))
+            if has_residual:
+                store(dresidual, i, narrow(dz, kind))
+
+    @_exact
+    def apply(block, c, begin, end, table):
+        dx, dresidual = argument(block, "dx"), argument(block, "dresidual")
+        streams = argument(block, "streams") != 0
+        staged, staged_too = stage(), stage()
+        p = begin
         while p < end:
             place, num = _run_at(block, c, p, end)
             at = place * size
-            for i in range(num):
-                dz, deviation = gradient(dy + at, x + at, extra + at, mask + p, i, mean, scale, shift)
-                change = scale * ((dz - constant) - deviation * slope)
-                if has_mask:
-                    change = change if load(mask + p, i, uint8) != 0 else wide(0)
-                store(dx + at, i, narrow(change, kind))
+            if streams:
+                num = min(num, STAGE // size)
+                put(block, c, place, p, num, table, staged, staged_too)
+                stream(dx + at, staged, num * size)
                 if has_residual:
-                    store(dresidual + at, i, narrow(dz, kind))
+                    stream(dresidual + at, staged_too, num * size)
+            else:
+                put(block, c, place, p, num, table, dx + at, dresidual + at)
             p += num
 
     @_exact
@@ -224,5 +283,6 @@ def backward(kind: Any, activation: str, has_residual: bool, has_mask: bool) -> 
                 merge_gradients(block, c, wide, table)
             if run & APPLY:
                 apply(block, c, begin, end, table)
+        settle(block)
 
     return kernel

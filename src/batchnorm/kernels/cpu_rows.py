@@ -23,7 +23,19 @@ from batchnorm.kernels.cpu_channel import (
     table_at,
 )
 from batchnorm.kernels.cpu_elements import gradient_of, transform_of, widened
-from batchnorm.kernels.cpu_memory import argument, fetch, load, narrow, share, store, widen
+from batchnorm.kernels.cpu_memory import (
+    STAGE,
+    argument,
+    fetch,
+    load,
+    narrow,
+    settle,
+    share,
+    stage,
+    store,
+    stream,
+    widen,
+)
 from batchnorm.kernels.cpu_threads import APPLY, MERGE, PARTIAL, PREPARE
 
 # Loops over channels need no sum in another order than the rows', so none is allowed.
@@ -124,21 +136,32 @@ def forward(kind: Any, activation: str, has_residual: bool) -> Any:
             row = stop
 
     @_exact
+    def put(block, row, first, last, table, y):
+        x, residual, C = argument(block, "x"), argument(block, "residual"), argument(block, "C")
+        at = row * C * size
+        if argument(block, "mask") != 0 and load(argument(block, "mask"), row, uint8) == 0:
+            for c in range(first, last):
+                store(y, c, narrow(wide(0), kind))
+            return
+        for c in range(first, last):
+            mean, scale = fetch(table, c, wide), fetch(table, C + c, wide)
+            shift = fetch(table, 2 * C + c, wide)
+            store(y, c, transform(x + at, residual + at, 0, c, mean, scale, shift))
+
+    @_exact
     def apply(block, part, table):
-        x, y, residual = argument(block, "x"), argument(block, "y"), argument(block, "residual")
-        mask, C = argument(block, "mask"), argument(block, "C")
-        row, end = _rows_of(block, part)
-        while row < end:
-            at = row * C * size
-            if mask != 0 and load(mask, row, uint8) == 0:
-                for c in range(C):
-                    store(y + at, c, narrow(wide(0), kind))
-            else:
-                for c in range(C):
-                    mean, scale = fetch(table, c, wide), fetch(table, C + c, wide)
-                    shift = fetch(table, 2 * C + c, wide)
-                    store(y + at, c, transform(x + at, residual + at, mask, c, mean, scale, shift))
-            row += 1
+        y, C = argument(block, "y"), argument(block, "C")
+        streams, staged = argument(block, "streams") != 0, stage()
+        begin, end = _rows_of(block, part)
+        for row in range(begin, end):
+            at = y + row * C * size
+            if not streams:
+                put(block, row, 0, C, table, at)
+                continue
+            for first in range(0, C, STAGE // size):
+                last = min(first + STAGE // size, C)
+                put(block, row, first, last, table, staged - first * size)
+                stream(at + first * size, staged, (last - first) * size)
 
     @_exact
     def kernel(block):
@@ -157,6 +180,7 @@ def forward(kind: Any, activation: str, has_residual: bool) -> Any:
         if run & APPLY:
             for part in range(first, last):
                 apply(block, part, table)
+            settle(block)
 
     return kernel
 
@@ -176,15 +200,15 @@ def backward(kind: Any, activation: str, has_residual: bool) -> Any:
             store(along, c, fetch(along, c, wide) + dz * d)
 
     @_exact
-    def add_four_rows(dy, x, extra, C, table, total, along):
+    def add_four_rows(dy, x, extra, C, pitch, table, total, along):
         step = C * size
         for c in range(C):
             mean, scale = fetch(table, c, wide), fetch(table, C + c, wide)
             shift = fetch(table, 2 * C + c, wide)
             g0, d0 = gradient(dy, x, extra, 0, c, mean, scale, shift)
-            g1, d1 = gradient(dy + step, x + step, extra + step, 0, c, mean, scale, shift)
-            g2, d2 = gradient(dy + 2 * step, x + 2 * step, extra + 2 * step, 0, c, mean, scale, shift)
-            g3, d3 = gradient(dy + 3 * step, x + 3 * step, extra + 3 * step, 0, c, mean, scale, shift)
+            g1, d1 = gradient(dy + pitch, x + step, extra + step, 0, c, mean, scale, shift)
+            g2, d2 = gradient(dy + 2 * pitch, x + 2 * step, extra + 2 * step, 0, c, mean, scale, shift)
+            g3, d3 = gradient(dy + 3 * pitch, x + 3 * step, extra + 3 * step, 0, c, mean, scale, shift)
             store(total, c, fetch(total, c, wide) + ((g0 + g1) + (g2 + g3)))
             store(along, c, fetch(along, c, wide) + ((g0 * d0 + g1 * d1) + (g2 * d2 + g3 * d3)))
 
@@ -192,6 +216,7 @@ def backward(kind: Any, activation: str, has_residual: bool) -> Any:
     def sums(block, part, table, spare):
         dy, x, extra = argument(block, "dy"), argument(block, "x"), argument(block, "residual")
         mask, C = argument(block, "mask"), argument(block, "C")
+        pitch = argument(block, "dy_pitch") * size
         totals = argument(block, "scratch") + 8 * 2 * part * C
         total, along = spare, spare + wide_size * C
         for c in range(2 * C):
@@ -204,38 +229,51 @@ def backward(kind: Any, activation: str, has_residual: bool) -> Any:
             while row < stop:
                 at = row * C * size
                 if mask == 0 and row + 4 <= stop:
-                    add_four_rows(dy + at, x + at, extra + at, C, table, total, along)
+                    add_four_rows(dy + row * pitch, x + at, extra + at, C, pitch, table, total, along)
                     row += 4
                     continue
                 if mask == 0 or load(mask, row, uint8) != 0:
-                    add_row(dy + at, x + at, extra + at, C, table, total, along)
+                    add_row(dy + row * pitch, x + at, extra + at, C, table, total, along)
                 row += 1
             for c in range(2 * C):
                 store(totals, c, fetch(totals, c, float64) + float64(fetch(total, c, wide)))
 
     @_exact
+    def put(block, row, first, last, table, dx, dresidual):
+        x, extra, C = argument(block, "x"), argument(block, "residual"), argument(block, "C")
+        dy, at = argument(block, "dy") + row * argument(block, "dy_pitch") * size, row * C * size
+        if argument(block, "mask") != 0 and load(argument(block, "mask"), row, uint8) == 0:
+            for c in range(first, last):
+                store(dx, c, narrow(wide(0), kind))
+                if has_residual:
+                    store(dresidual, c, narrow(wide(0), kind))
+            return
+        for c in range(first, last):
+            mean, scale = fetch(table, c, wide), fetch(table, C + c, wide)
+            shift, constant = fetch(table, 2 * C + c, wide), fetch(table, 3 * C + c, wide)
+            slope = fetch(table, 4 * C + c, wide)
+            dz, d = gradient(dy, x + at, extra + at, 0, c, mean, scale, shift)
+            store(dx, c, narrow(scale * ((dz - constant) - d * slope), kind))
+            if has_residual:
+                store(dresidual, c, narrow(dz, kind))
+
+    @_exact
     def apply(block, part, table):
-        dy, x, extra = argument(block, "dy"), argument(block, "x"), argument(block, "residual")
-        dx, dresidual = argument(block, "dx"), argument(block, "dresidual")
-        mask, C = argument(block, "mask"), argument(block, "C")
-        row, end = _rows_of(block, part)
-        while row < end:
+        dx, dresidual, C = argument(block, "dx"), argument(block, "dresidual"), argument(block, "C")
+        streams, staged, staged_too = argument(block, "streams") != 0, stage(), stage()
+        begin, end = _rows_of(block, part)
+        for row in range(begin, end):
             at = row * C * size
-            if mask != 0 and load(mask, row, uint8) == 0:
-                for c in range(C):
-                    store(dx + at, c, narrow(wide(0), kind))
-                    if has_residual:
-                        store(dresidual + at, c, narrow(wide(0), kind))
-            else:
-                for c in range(C):
-                    mean, scale = fetch(table, c, wide), fetch(table, C + c, wide)
-                    shift, constant = fetch(table, 2 * C + c, wide), fetch(table, 3 * C + c, wide)
-                    slope = fetch(table, 4 * C + c, wide)
-                    dz, d = gradient(dy + at, x + at, extra + at, 0, c, mean, scale, shift)
-                    store(dx + at, c, narrow(scale * ((dz - constant) - d * slope), kind))
-                    if has_residual:
-                        store(dresidual + at, c, narrow(dz, kind))
-            row += 1
+            if not streams:
+                put(block, row, 0, C, table, dx + at, dresidual + at)
+                continue
+            for first in range(0, C, STAGE // size):
+                last = min(first + STAGE // size, C)
+                here = first * size
+                put(block, row, first, last, table, staged - here, staged_too - here)
+                stream(dx + at + here, staged, (last - first) * size)
+                if has_residual:
+                    stream(dresidual + at + here, staged_too, (last - first) * size)
 
     @_exact
     def kernel(block):
@@ -254,5 +292,6 @@ def backward(kind: Any, activation: str, has_residual: bool) -> Any:
         if run & APPLY:
             for part in range(first, last):
                 apply(block, part, table)
+            settle(block)
 
     return kernel

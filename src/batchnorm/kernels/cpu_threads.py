@@ -20,7 +20,7 @@ LOG = logging.getLogger("batchnorm")
 
 FIELDS = (
     *("thread_of", "threads_of", "thread", "threads"),
-    *("run", "splits", "given", "N", "C", "S", "chunk"),
+    *("run", "splits", "given", "N", "C", "S", "chunk", "streams", "dy_pitch"),
     *("x", "y", "residual", "mask", "gamma", "beta", "mean", "var", "count", "scratch", "eps", "momentum"),
     *("dy", "dx", "dresidual", "dgamma", "dbeta"),
     *("running_mean", "running_var", "tracked"),
