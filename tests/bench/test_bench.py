@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from batchnorm.bench import kernels
-from batchnorm.bench.results import append, groups
+from batchnorm.bench import kernels, step
+from batchnorm.bench.results import append, groups, occasions
 from batchnorm.bench.shapes import Shape, inception_shapes, resnet50_shapes
-from batchnorm.bench.timing import Timing, copy_time, environment, in_turns
+from batchnorm.bench.timing import MEMORY, Timing, copy_time, environment, in_turns, process
 from batchnorm.cli import bench, main
 
 
@@ -95,11 +95,14 @@ def test_no_speed_up_of_wrong_numbers(monkeypatch):
     }
 
 
+FLOORS = ("fresh", "reused", "kernel, reused")
+
+
 def test_groups_are_geometric_means_weighted_by_count():
     common = {"network": "n", "dtype": "d", "layout": "l", "fusion": "f", "right": True}
     rows = [
-        {**common, "count": 3, "speed_up": {"eager": 2.0}, "floor_share": {"fresh": 0.5, "reused": 0.5}},
-        {**common, "count": 1, "speed_up": {"eager": 32.0}, "floor_share": {"fresh": 0.5, "reused": 0.125}},
+        {**common, "count": count, "speed_up": {"eager": ratio}, "floor_share": dict.fromkeys(FLOORS, share)}
+        for count, ratio, share in ((3, 2.0, 0.5), (1, 32.0, 0.125))
     ]
     (group,) = groups(rows).values()
     assert group["speed_up"] == {"eager": 4.0}  # the fourth root of 2·2·2·32
@@ -109,33 +112,76 @@ def test_groups_are_geometric_means_weighted_by_count():
 
 def test_results_of_each_occasion_are_kept(tmp_path):
     path = tmp_path / "r" / "kernels.json"
-    for huge_pages in (False, True):
-        append(path, "kernels", [1], huge_pages=huge_pages)
-    occasions = json.loads(path.read_text())["occasions"]
-    assert [o["machine"]["huge_pages"] for o in occasions] == [False, True]
-    assert occasions[0]["machine"]["torch"].startswith("2.")
+    for setting in ("default", "kept"):
+        append(path, "kernels", [1], memory=setting)
+    assert [o["settings"]["memory"] for o in occasions(path)] == ["default", "kept"]
+    assert occasions(path)[0]["machine"]["torch"].startswith("2.")
     path.write_text("{")
     with pytest.raises(ValueError, match="no file of benchmark results"):
-        append(path, "kernels", [1], huge_pages=True)
+        append(path, "kernels", [1])
 
 
 def test_the_command_measures_and_writes(tmp_path, capsys, monkeypatch):
     out = tmp_path / "k.json"
     flags = "kernels --networks small --dtypes float32 --layouts contiguous --fusions relu --rounds 2"
-    status = main(["bench", *flags.split(), "--no-compiled", "--huge-pages", "off", "--out", str(out)])
+    status = main(["bench", *flags.split(), "--no-compiled", "--memory", "kept", "--out", str(out)])
     assert status == 0
     (occasion,) = json.loads(out.read_text())["occasions"]
     assert len(occasion["results"]) == 9
-    assert (tmp_path / "k.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "k-kept.png").read_bytes().startswith(b"\x89PNG")
     assert all(row["right"] for row in occasion["results"])
-    assert "BN kernels, huge pages off" in capsys.readouterr().out
+    assert "BN kernels, memory kept" in capsys.readouterr().out
+
+
+def test_a_file_of_something_else_is_refused_before_anything_is_measured(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "k.json"
+    out.write_text("[]")
+    monkeypatch.setitem(bench.MEASURES, "step", lambda *_: pytest.fail("measured"))
+    assert main(["bench", "step", "--out", str(out)]) == 2
+    assert "no file of benchmark results" in capsys.readouterr().err
+    assert out.read_text() == "[]"
+
+
+def test_a_process_of_each_setting_has_it():
+    for setting in MEMORY:
+        with process(setting, threads=1) as fresh:
+            assert fresh.submit(os.getenv, "THP_MEM_ALLOC_ENABLE").result() == str(
+                int(setting == "huge-pages")
+            )
+            assert fresh.submit(torch.get_num_threads).result() == 1
+            faults = fresh.submit(_faults_of_large_tensors).result()
+            # 64 MiB are 16,384 pages, or 32 huge ones.
+            assert {"default": faults > 100_000, "huge-pages": True, "kept": faults < 2_000}[setting]
+
+
+def _faults_of_large_tensors() -> int:
+    """Fresh pages met by ten tensors of 64 MiB, after two that do not count."""
+    import resource
+
+    for _ in range(2):
+        torch.ones(2**24)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def test_a_step_of_each_form_in_each_setting():
+    found = step.measure(batch=2, side=64, rounds=2, memory=("default", "kept"), threads=1)
+    assert set(found["seconds"]) == {"default", "kept"}
+    assert len(found["seconds"]["kept"]) == 8
+    ratios = found["ratios"]["memory kept"]
+    seconds = {form: times[0] for form, times in found["seconds"]["kept"].items()}
+    assert ratios["eager as written"] == pytest.approx(seconds["eager"] / seconds["batchnorm"], rel=0.05)
+    assert {"memory default", "memory kept"} < set(found["ratios"])
 
 
 def test_tables_show_every_form():
-    seconds = {"eager": [1.5, 1.4, 1.6], "batchnorm": [1.0, 0.9, 1.1]}
-    times, ratios = bench.TABLES["step"]({"network": "n", "seconds": seconds, "ratios": {"ours": 1.5}})
+    seconds = {"kept": {"eager": [1.5, 1.4, 1.6], "batchnorm": [1.0, 0.9, 1.1]}}
+    ratios = {"memory kept": {"eager": 1.5}}
+    times, ratios = bench.TABLES["step"]({"network": "n", "seconds": seconds, "ratios": ratios})
     assert times.row_count == 2
-    assert ratios.row_count == 1
+    assert ratios.row_count == 2
     figures = {"held": 2**30, "peak": 2**31}
     relative = {"held": 1.0, "peak": 1.0}
     (table,) = bench.TABLES["memory"](

@@ -68,7 +68,7 @@ def _one(form: str, batch: int, side: int, layout: str) -> tuple[int, int]:
             if isinstance(module, nn.ReLU):
                 module.inplace = False
     elif form != "eager, in-place ReLU":
-        net, _ = accelerate(net, images[:2], save_memory=form.endswith("save_memory"))
+        net, _ = accelerate(net, images[:2], save_memory=form.endswith("save_memory"), keep_memory=False)
     loss_of = _loss(net, images, labels)
     loss_of().backward()  # gradients, and whatever the libraries set up on first use
     before = _resident("VmRSS")

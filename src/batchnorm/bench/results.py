@@ -16,39 +16,51 @@ from batchnorm.report import Curve, CurveChart, draw
 from batchnorm.train.run import environment
 
 
-def machine(*, huge_pages: bool) -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     """What the figures depend on."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return {**environment(device), "huge_pages": huge_pages}
+    return environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def append(path: Path, kind: str, results: Any, *, huge_pages: bool) -> None:
-    """Add one occasion to a results file; earlier ones stay.
+def occasions(path: Path) -> list[Any]:
+    """What a results file holds; nothing if there is none.
 
     Raises:
         ValueError: The file holds something else.
     """
-    occasions: list[Any] = []
-    if path.exists():
-        try:
-            occasions = json.loads(path.read_text())["occasions"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path} is no file of benchmark results ({error}): give another --out"
-            ) from None
+    if not path.exists():
+        return []
+    try:
+        return list(json.loads(path.read_text())["occasions"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no file of benchmark results ({error}): give another --out") from None
+
+
+def append(path: Path, kind: str, results: Any, **settings: Any) -> None:
+    """Add one occasion to a results file; earlier ones stay.
+
+    Args:
+        path: Made if absent.
+        kind: Of benchmark.
+        results: Numbers, as the benchmark gives them.
+        settings: What the benchmark was told.
+
+    Raises:
+        ValueError: The file holds something else.
+    """
     occasion = {
         "kind": kind,
         "when": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "machine": machine(huge_pages=huge_pages),
+        "machine": machine(),
+        "settings": settings,
         "results": results,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"occasions": [*occasions, occasion]})
+    write_json(path, {"occasions": [*occasions(path), occasion]})
 
 
 def default_path(kind: str) -> Path:
     """``benchmarks/results/KIND-PROCESSOR.json`` below the current folder."""
-    found = machine(huge_pages=False)
+    found = machine()
     name = found["device"] if found["device"] != "cpu" else found["cpu"]
     tidy = re.sub(r"[^a-z0-9]+", "-", str(name).lower()).strip("-")
     return Path("benchmarks") / "results" / f"{kind}-{tidy}.json"
@@ -95,7 +107,7 @@ def groups(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
     Returns:
         By group (network, dtype, layout, fusion): mean and smallest speed-up against each rival,
-        the share of the floor, and the number of cases whose numbers were wrong.
+        shares of the floor, and the number of cases whose numbers were wrong.
     """
     found: defaultdict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for row in rows:
@@ -115,7 +127,7 @@ def _group(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "smallest": {rival: min(r["speed_up"][rival] for r in right) for rival in rivals},
         "floor_share": {
             kind: _geometric_mean([(row["floor_share"][kind], row["count"]) for row in rows])
-            for kind in ("fresh", "reused")
+            for kind in ("fresh", "reused", "kernel, reused")
         },
     }
 

@@ -1,74 +1,142 @@
 """A whole training step of BN-Inception: as its user has it, at its best, accelerated, and without BN."""
 
 import copy
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from batchnorm.bench.timing import in_turns
+from batchnorm.bench.timing import MEMORY, MemorySetting, Timing, process, synchronize
 from batchnorm.models.inception import inception
 from batchnorm.surgery import accelerate
 
+_steps: dict[str, Callable[[], object]] = {}
+"""Forms that this process has prepared."""
 
-def measure(*, batch: int = 32, side: int = 224, rounds: int = 5, save_memory: bool = True) -> dict[str, Any]:
+_NUM_WARM = 3
+"""Steps of each form that are not counted: libraries set up, heaps grow to their size."""
+
+
+def measure(
+    *,
+    batch: int = 32,
+    side: int = 224,
+    rounds: int = 7,
+    memory: Sequence[MemorySetting] = MEMORY,
+    threads: int = 0,
+    progress: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
     """Time a training step of each form of the network on one batch.
 
     Args:
         batch: Images.
         side: Pixels; 224 is the paper's.
-        rounds: Samples of each form.
-        save_memory: Whether ``accelerate(save_memory=True)`` takes part.
+        rounds: Samples of each form, in which all forms and all settings of the memory take turns.
+        memory: Settings, each in a process of its own.
+        threads: PyTorch's threads; 0 leaves its own choice.
+        progress: Told what is going on.
 
     The form "batchnorm" is the model as its user has it after `accelerate`, which may have chosen
     channels-last for it.
 
     Returns:
-        Seconds of each form (median and quartiles) and the ratios that matter: our speed-up over
-        the model as its user has it, and over each layout at its best, and the share of BN's own
-        cost that is gone (cost: a step less the same step with BN taken out).
+        Seconds of each form by setting (median and quartiles) and the ratios that matter: our
+        speed-up over the model as its user has it, and over each layout at its best, and the
+        share of BN's own cost that is gone (cost: a step less the same step with BN taken out).
     """
+    samples: dict[str, dict[str, list[float]]] = {}
+    with ExitStack() as stack:
+        workers = {setting: stack.enter_context(process(setting, threads)) for setting in memory}
+        for setting, worker in workers.items():
+            progress(f"memory {setting}: preparing")
+            forms = worker.submit(_prepare, batch, side).result()
+            samples[setting] = {form: [] for form in forms}
+        for turn in range(rounds):
+            progress(f"round {turn + 1} of {rounds}")
+            for setting, worker in workers.items():
+                for form, seconds in worker.submit(_round, turn).result().items():
+                    samples[setting][form].append(seconds)
+    timings = {s: {form: Timing.of(taken) for form, taken in of.items()} for s, of in samples.items()}
+    return {
+        "network": f"BN-Inception, batch {batch}, {side}×{side}",
+        "seconds": {
+            setting: {form: [round(s, 4) for s in (t.median_s, t.low_s, t.high_s)] for form, t in of.items()}
+            for setting, of in timings.items()
+        },
+        "ratios": _ratios(
+            {setting: {form: t.median_s for form, t in of.items()} for setting, of in timings.items()}
+        ),
+    }
+
+
+def _ratios(seconds: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """By setting; under "accelerate" what a user gains who has left everything as it was."""
+    found: dict[str, dict[str, float]] = {}
+    if {"default", "kept"} <= seconds.keys():
+        was, ours = seconds["default"], seconds["kept"]["batchnorm"]
+        found["accelerate, which keeps memory, against memory as it was"] = {
+            "eager as written": was["eager"] / ours,
+            "eager, in-place ReLU": was["eager, in-place ReLU"] / ours,
+            "eager, channels last, in-place ReLU": was["eager, channels last, in-place ReLU"] / ours,
+        }
+    for setting, s in seconds.items():
+        last, bare = s["eager, channels last, in-place ReLU"], s["without BN, channels last"]
+        ours = s["batchnorm, channels last"]
+        found[f"memory {setting}"] = {
+            "eager as written": s["eager"] / s["batchnorm"],
+            "eager, in-place ReLU": s["eager, in-place ReLU"] / s["batchnorm"],
+            "channels last: eager, in-place ReLU": last / ours,
+            "channels last: share of BN's own cost gone": 1 - (ours - bare) / (last - bare),
+            "channels last: time of save_memory": s["batchnorm, channels last, save_memory"] / ours,
+        }
+    return {name: {k: round(v, 3) for k, v in of.items()} for name, of in found.items()}
+
+
+def _prepare(batch: int, side: int) -> list[str]:
+    """Make the forms, in the process that is to run them, and let each take its first steps."""
     images, labels = torch.randn(batch, 3, side, side), torch.randint(0, 1000, (batch,))
     plain = inception()
     best = in_place(plain)
     last: Any = copy.deepcopy(best)
     last = last.to(memory_format=torch.channels_last)
     images_last = images.contiguous(memory_format=torch.channels_last)
+    example, example_last = images[:4], images_last[:4]
+
+    def ours(net: nn.Module, example: Tensor, save_memory: bool = False) -> nn.Module:
+        return accelerate(net, example, save_memory=save_memory, keep_memory=False)[0]
+
     forms: dict[str, tuple[nn.Module, Tensor]] = {
         "eager": (plain, images),
         "eager, in-place ReLU": (best, images),
         "eager, channels last, in-place ReLU": (last, images_last),
         "without BN": (_without_bn(best), images),
         "without BN, channels last": (_without_bn(last), images_last),
-        "batchnorm": (accelerate(plain, images[:4])[0], images),
-        "batchnorm, channels last": (accelerate(last, images_last[:4])[0], images_last),
+        "batchnorm": (ours(plain, example), images),
+        "batchnorm, channels last": (ours(last, example_last), images_last),
+        "batchnorm, channels last, save_memory": (ours(last, example_last, True), images_last),
     }
-    if save_memory:
-        saving, _ = accelerate(last, images_last[:4], save_memory=True)
-        forms["batchnorm, channels last, save_memory"] = (saving, images_last)
-    timings = in_turns(
-        {name: _step(net, x, labels) for name, (net, x) in forms.items()}, rounds=rounds, slice_s=0.0
-    )
-    median = {name: timing.median_s for name, timing in timings.items()}
-    ours = min(median["batchnorm"], median["batchnorm, channels last"])
-    cost = median["eager, channels last, in-place ReLU"] - median["without BN, channels last"]
-    our_cost = median["batchnorm, channels last"] - median["without BN, channels last"]
-    return {
-        "network": f"BN-Inception, batch {batch}, {side}×{side}",
-        "seconds": {
-            name: [round(s, 4) for s in (t.median_s, t.low_s, t.high_s)] for name, t in timings.items()
-        },
-        "ratios": {
-            "our best against eager as written": median["eager"] / ours,
-            "layout chosen, against contiguous in-place ReLU": median["eager, in-place ReLU"]
-            / median["batchnorm"],
-            "channels last, against in-place ReLU": median["eager, channels last, in-place ReLU"]
-            / median["batchnorm, channels last"],
-            "share of BN's own cost gone, channels last": 1 - our_cost / cost,
-        },
-    }
+    _steps.update({name: _step(net, x, labels) for name, (net, x) in forms.items()})
+    for step in _steps.values():
+        for _ in range(_NUM_WARM):
+            step()
+    return list(_steps)
+
+
+def _round(turn: int) -> dict[str, float]:
+    """Seconds of one step of each form, in an order that rotates with the turn."""
+    names, seconds = list(_steps), {}
+    shift = turn % len(names)
+    for name in names[shift:] + names[:shift]:
+        synchronize()
+        start = time.perf_counter()
+        _steps[name]()
+        synchronize()
+        seconds[name] = time.perf_counter() - start
+    return seconds
 
 
 def _step(net: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], object]:

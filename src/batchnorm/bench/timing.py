@@ -1,16 +1,28 @@
 """Contenders timed in turns, so that whatever else the machine does meets all of them."""
 
+import multiprocessing
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
+from batchnorm.kernels import keep_freed_memory
+
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 """PyTorch's own switch for huge pages in its CPU allocator, read at its first allocation."""
+
+MemorySetting = Literal["default", "huge-pages", "kept"]
+"""Where a process gets the CPU's memory from: the C library as it is, the same with huge pages
+(PyTorch's switch), or freed memory kept for reuse (`batchnorm.kernels.keep_freed_memory`)."""
+
+MEMORY: tuple[MemorySetting, ...] = ("default", "huge-pages", "kept")
+"""Every setting of `MemorySetting`."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +91,30 @@ def copy_time(shape: tuple[int, ...], dtype: torch.dtype, *, fresh: bool) -> Cal
         return source.clone
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
+
+
+@contextmanager
+def process(memory: MemorySetting, threads: int = 0) -> Iterator[ProcessPoolExecutor]:
+    """A fresh process, since PyTorch and the C library settle such things once.
+
+    Args:
+        memory: Its setting.
+        threads: PyTorch's threads; 0 leaves its own choice.
+    """
+    context = multiprocessing.get_context("spawn")
+    with (
+        environment(**{HUGE_PAGES: str(int(memory == "huge-pages"))}),
+        ProcessPoolExecutor(1, context, initializer=_settle, initargs=(memory, threads)) as pool,
+    ):
+        pool.submit(os.getpid).result()  # has started, so the environment may be put back
+        yield pool
+
+
+def _settle(memory: MemorySetting, threads: int) -> None:
+    if memory == "kept" and (reason := keep_freed_memory()):
+        raise RuntimeError(f"freed memory cannot be kept: {reason}")
+    if threads:
+        torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -1,9 +1,7 @@
 """``batchnorm bench``: figures beside the rivals', with the numbers checked first."""
 
 import argparse
-import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,9 +10,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from batchnorm.bench.results import append, default_path, groups, picture
+from batchnorm.bench import memory, step
+from batchnorm.bench.results import append, default_path, groups, occasions, picture
 from batchnorm.bench.shapes import SMALL_AND_ODD, inception_shapes, resnet50_shapes
-from batchnorm.bench.timing import HUGE_PAGES, environment
+from batchnorm.bench.timing import MEMORY, MemorySetting, process
 
 DESCRIPTION = """\
 Side-by-side figures on this machine: medians over rounds in which all contenders take turns.
@@ -31,10 +30,8 @@ Results are added to benchmarks/results/, with the machine's description.
 class Common:
     """What every benchmark is told."""
 
-    huge_pages: Literal["both", "on", "off"] = "both"
-    """Whether PyTorch's allocator asks for huge pages (THP_MEM_ALLOC_ENABLE); both: two runs."""
     threads: int = 0
-    """PyTorch's threads; 0 leaves its own choice."""
+    """PyTorch's threads on the CPU; 0 leaves its own choice."""
     out: Path | None = None
     """Results file; by default benchmarks/results/KIND-PROCESSOR.json."""
 
@@ -55,6 +52,9 @@ class Kernels(Common):
     """BN + ReLU, or BN + addition + ReLU."""
     rounds: int = 9
     """Samples of each contender."""
+    memory: tuple[MemorySetting, ...] = MEMORY
+    """Where the CPU's memory comes from: the C library as it is, huge pages (THP_MEM_ALLOC_ENABLE),
+    or freed memory kept for reuse, as `accelerate` has it. Each in a process of its own."""
     compiled: bool = True
     """Let torch.compile take part: seconds of compilation for each case."""
 
@@ -67,8 +67,11 @@ class Step(Common):
     """Images."""
     side: int = 224
     """Pixels."""
-    rounds: int = 5
+    rounds: int = 7
     """Samples of each form."""
+    memory: tuple[MemorySetting, ...] = MEMORY
+    """Where the CPU's memory comes from: the C library as it is, huge pages (THP_MEM_ALLOC_ENABLE),
+    or freed memory kept for reuse, as `accelerate` has it. Each in a process of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,39 +97,26 @@ def run(argv: list[str]) -> None:
     parser.add_argument("kind", choices=KINDS, metavar="KIND", help="one of the above; it has its own --help")
     kind = parser.parse_args(argv[:1]).kind
     options = tyro.cli(KINDS[kind], prog=f"batchnorm bench {kind}", args=argv[1:])
-    console = Console()
     path = options.out or default_path(kind)
-    for huge_pages in {"both": (False, True), "on": (True,), "off": (False,)}[options.huge_pages]:
-        # PyTorch reads the switch at its first allocation, so each setting needs a fresh process.
-        context = multiprocessing.get_context("spawn")
-        with environment(**{HUGE_PAGES: str(int(huge_pages))}), ProcessPoolExecutor(1, context) as process:
-            found = process.submit(measure, kind, options).result()
-        append(path, kind, found, huge_pages=huge_pages)
-        if kind == "kernels" and any(row["right"] for row in found):
-            picture(found, path.with_name(f"{path.stem}{'-huge-pages' if huge_pages else ''}.png"))
-        for table in TABLES[kind](found):
-            table.title = f"{table.title}, huge pages {'on' if huge_pages else 'off'}"
-            console.print(table)
+    occasions(path)  # complains now, rather than when there are results to write
+    console = Console()
+    MEASURES[kind](options, path, console)
     console.print(f"Written: {path}", highlight=False, soft_wrap=True)
 
 
-def measure(kind: str, options: Common) -> Any:
-    """One benchmark, in this process."""
-    import torch
-
-    from batchnorm.bench import memory, step
-
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    if isinstance(options, Kernels):
-        return _kernels(options)
-    if isinstance(options, Step):
-        return step.measure(batch=options.batch, side=options.side, rounds=options.rounds)
-    assert isinstance(options, Memory)
-    return memory.measure(batch=options.batch, side=options.side, layout=options.layout)
+def _kernels(options: Any, path: Path, console: Console) -> None:
+    for setting in options.memory:
+        with process(setting, options.threads) as fresh:
+            found = fresh.submit(_measure_kernels, options).result()
+        append(path, "kernels", found, memory=setting, threads=options.threads)
+        if any(row["right"] for row in found):
+            picture(found, path.with_name(f"{path.stem}-{setting}.png"))
+        for table in TABLES["kernels"](found):
+            table.title = f"{table.title}, memory {setting}"
+            console.print(table)
 
 
-def _kernels(options: Kernels) -> list[dict[str, Any]]:
+def _measure_kernels(options: Kernels) -> list[dict[str, Any]]:
     from rich.progress import track
 
     from batchnorm.bench import kernels
@@ -150,12 +140,42 @@ def _kernels(options: Kernels) -> list[dict[str, Any]]:
     return [kernels.measure(case, rounds=options.rounds, compiled=options.compiled) for case in shown]
 
 
+def _step(options: Any, path: Path, console: Console) -> None:
+    with Console(stderr=True).status("step") as status:
+        found = step.measure(
+            batch=options.batch,
+            side=options.side,
+            rounds=options.rounds,
+            memory=options.memory,
+            threads=options.threads,
+            progress=status.update,
+        )
+    append(path, "step", found, threads=options.threads)
+    for table in TABLES["step"](found):
+        console.print(table)
+
+
+def _memory(options: Any, path: Path, console: Console) -> None:
+    with process("default", options.threads) as fresh:
+        arguments = {"batch": options.batch, "side": options.side, "layout": options.layout}
+        found = fresh.submit(memory.measure, **arguments).result()
+    append(path, "memory", found, threads=options.threads)
+    for table in TABLES["memory"](found):
+        console.print(table)
+
+
+MEASURES: dict[str, Callable[[Any, Path, Console], None]] = {
+    "kernels": _kernels,
+    "step": _step,
+    "memory": _memory,
+}
+
+
 def _kernel_tables(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
     found = groups(rows)
-    rivals = list(next(iter(found.values()))["speed_up"])
-    table = Table(
-        "layers of", "cases", *(f"× {rival}" for rival in rivals), "of the floor", title="BN kernels"
-    )
+    rivals = max((list(group["speed_up"]) for group in found.values()), key=len)
+    floors = ("floor / layer", "floor / kernel")
+    table = Table("layers of", "cases", *(f"× {rival}" for rival in rivals), *floors, title="BN kernels")
     for name, group in found.items():
         ratios = [
             f"{group['speed_up'][rival]:.2f} (≥ {group['smallest'][rival]:.2f})"
@@ -163,9 +183,9 @@ def _kernel_tables(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
             else "–"
             for rival in rivals
         ]
-        share = f"{group['floor_share']['reused']:.0%}"
+        shares = (f"{group['floor_share'][of]:.0%}" for of in ("reused", "kernel, reused"))
         wrong = f", {group['wrong']} WRONG" if group["wrong"] else ""
-        table.add_row(name, f"{group['cases']}{wrong}", *ratios, share)
+        table.add_row(name, f"{group['cases']}{wrong}", *ratios, *shares)
     table.caption = (
         "speed-up of forward + backward: geometric mean over layers (smallest); floor: reused memory"
     )
@@ -173,12 +193,16 @@ def _kernel_tables(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
 
 
 def _step_tables(found: Mapping[str, Any]) -> list[Table]:
-    times = Table("form", "seconds a step", "quartiles", title=found["network"])
-    for name, (median, low, high) in found["seconds"].items():
-        times.add_row(name, f"{median:.3f}", f"{low:.3f}–{high:.3f}")
-    ratios = Table("figure", "", title="Ratios")
-    for name, value in found["ratios"].items():
-        ratios.add_row(name, f"{value:.2f}")
+    settings = list(found["seconds"])
+    times = Table("form", *(f"memory {s}" for s in settings), title=f"{found['network']}, seconds a step")
+    for form in found["seconds"][settings[0]]:
+        cells = (found["seconds"][s][form] for s in settings)
+        times.add_row(form, *(f"{median:.3f} ({low:.3f}–{high:.3f})" for median, low, high in cells))
+    ratios = Table("against", "", title="Speed-up", caption="medians; in brackets above: quartiles")
+    for name, of in found["ratios"].items():
+        ratios.add_row(f"[bold]{name}", "")
+        for rival, value in of.items():
+            ratios.add_row(rival, f"{value:.2f}")
     return [times, ratios]
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 from batchnorm.data import load
+from batchnorm.kernels import keep_freed_memory
 from batchnorm.train import RECIPES, Recipe, train
 
 DESCRIPTION = """\
@@ -59,6 +60,7 @@ def run(argv: list[str]) -> None:
         args=argv,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs),
     )
+    keep_freed_memory()
     data = load(arguments.data, arguments.data_dir, progress=arguments.progress)
     result = train(
         arguments.recipe, data, arguments.out, progress=arguments.progress, tensorboard=arguments.tensorboard

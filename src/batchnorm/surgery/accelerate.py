@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn, optim
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from batchnorm.kernels import keep_freed_memory
 from batchnorm.layers import Normalization, adopt
 from batchnorm.surgery.agreement import Agreement, compare
 from batchnorm.surgery.fusible import Evaluation, Finding, Fusion, fusions_of
@@ -27,6 +28,7 @@ class AccelerateReport(SurgeryReport):
     Attributes:
         agreement: For each mode the largest differences on the example.
         layout: The memory format that was chosen, and why.
+        keeps_memory: Whether this process keeps the memory of freed tensors for new ones.
         bytes_before: Held for backward by the original on the example, in training; parameters,
             buffers and the example not counted. ``None`` without ``save_memory`` or example.
         bytes_after: Likewise by the new model.
@@ -35,6 +37,7 @@ class AccelerateReport(SurgeryReport):
 
     agreement: tuple[Agreement, ...] = ()
     layout: Layout | None = None
+    keeps_memory: bool = False
     bytes_before: int | None = None
     bytes_after: int | None = None
     parameters: Mapping[Tensor, Tensor] = field(default_factory=dict, repr=False, compare=False)
@@ -74,6 +77,8 @@ class AccelerateReport(SurgeryReport):
         parts = [super().__str__(), table("before and after, relative differences", rows, head)]
         if self.layout is not None:
             parts.append(_layout_line(self.layout))
+        if self.keeps_memory:
+            parts.append("memory of freed tensors: kept for new ones, in this whole process")
         if self.bytes_before is not None and self.bytes_after is not None:
             share = f" ({self.bytes_after / self.bytes_before:.0%})" if self.bytes_before else ""
             parts.append(
@@ -88,6 +93,7 @@ def accelerate(
     *,
     save_memory: bool = False,
     channels_last: bool | None = None,
+    keep_memory: bool = True,
 ) -> tuple[nn.Module, AccelerateReport]:
     """Let a model run on our layers, with activations and residual sums fused into them.
 
@@ -110,6 +116,8 @@ def accelerate(
             move once. Under `torch.compile` the compiler decides what is kept.
         channels_last: Whether to convert a model whose convolutions are all 2-d to channels-last;
             ``None`` times a training step on the example both ways and takes the faster.
+        keep_memory: Whether to call `batchnorm.kernels.keep_freed_memory` for a model on the CPU:
+            the process then keeps freed memory, and training meets no fresh pages.
 
     Returns:
         The new model and the report: every swap and fusion, everything left alone with its
@@ -121,6 +129,8 @@ def accelerate(
         RuntimeError: The result would compute something else than the model; nothing is returned.
     """
     check_model(model, "accelerate")
+    on_cpu = all(p.is_cpu for p in model.parameters())
+    unkept = keep_freed_memory() if keep_memory and on_cpu else "not asked for, or not on the CPU"
     args = None if example is None else as_args(example)
     if args is not None:
         check_example(model, args)
@@ -149,6 +159,8 @@ def accelerate(
         if isinstance(finding, str) and finding
     ]
     notes = [Note(path, remark) for path, remark in remarks.items()]
+    if keep_memory and on_cpu and unkept:
+        notes.append(Note("", f"memory of freed tensors is not kept: {unkept}"))
     if save_memory:
         forget_outputs(new)
     agreement: list[Agreement] = []
@@ -170,6 +182,7 @@ def accelerate(
         max((a.outputs for a in agreement), default=None),
         agreement=tuple(agreement),
         layout=layout,
+        keeps_memory=not unkept,
         parameters=dict(zip(model.parameters(), new.parameters(), strict=True)),
         **counted,
     )
