@@ -30,35 +30,13 @@ def cache(tmp_path, monkeypatch):
 
 def works(kernel) -> bool:
     running, tracked = torch.zeros(2), torch.tensor(0)
-    block = cpu_threads.PACK(
-        *(
-            0,
-            1,
-            0,
-            5,
-            2,
-            1,
-            0,
-            0,
-            0,
-            0,
-            0,
-            0,
-            0,
-            torch_ones.data_ptr(),
-            torch_ones.data_ptr(),
-            0,
-            0,
-            0.0,
-            0.5,
-        ),
-        *(0, 0, 0, 0, 0, running.data_ptr(), running.data_ptr(), tracked.data_ptr()),
-    )
+    moments = torch.ones(2)
+    given = {"splits": 1, "N": 5, "C": 2, "S": 1, "mean": moments.data_ptr(), "var": moments.data_ptr()}
+    given |= {"running_mean": running.data_ptr(), "running_var": running.data_ptr(), "momentum": 0.5}
+    given |= {"tracked": tracked.data_ptr()}
+    block = cpu_threads.PACK(*(given.get(name, 0) for name in cpu_threads.FIELDS[4:]))
     cpu_threads.run(kernel, block, 1)
     return tracked.item() == 1
-
-
-torch_ones = torch.ones(2)
 
 
 def test_machine_code_is_kept_and_found_by_the_next_process(cache, monkeypatch):

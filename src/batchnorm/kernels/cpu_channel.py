@@ -51,19 +51,29 @@ def merged(count, mean, squares, more, centre, total, second):
 
 
 @_inline
-def merge_moments(block, c, wide):
-    """Mean, biased variance and count from the moments of the parts."""
+def merge_moments(block, first, last, wide):
+    """Mean, biased variance and count of some channels, from the moments of the parts."""
     C, scratch = argument(block, "C"), argument(block, "scratch")
-    count, mean, squares = 0.0, 0.0, 0.0
-    for part in range(argument(block, "splits")):
-        more = fetch(scratch, 3 * part * C + c, float64)
-        local = fetch(scratch, (3 * part + 1) * C + c, float64)
-        around = fetch(scratch, (3 * part + 2) * C + c, float64)
-        count, mean, squares = merged(count, mean, squares, more, local, 0.0, around)
-    store(argument(block, "mean"), c, wide(mean))
-    store(argument(block, "var"), c, wide(squares / count if count > 0 else 0.0))
-    if c == 0 and argument(block, "count") != 0:
-        store(argument(block, "count"), 0, int64(count))
+    for part in range(1, argument(block, "splits")):
+        for c in range(first, last):
+            count, mean, squares = merged(
+                fetch(scratch, c, float64),
+                fetch(scratch, C + c, float64),
+                fetch(scratch, 2 * C + c, float64),
+                fetch(scratch, 3 * part * C + c, float64),
+                fetch(scratch, (3 * part + 1) * C + c, float64),
+                0.0,
+                fetch(scratch, (3 * part + 2) * C + c, float64),
+            )
+            store(scratch, c, count)
+            store(scratch, C + c, mean)
+            store(scratch, 2 * C + c, squares)
+    for c in range(first, last):
+        count = fetch(scratch, c, float64)
+        store(argument(block, "mean"), c, wide(fetch(scratch, C + c, float64)))
+        store(argument(block, "var"), c, wide(fetch(scratch, 2 * C + c, float64) / max(count, 1.0)))
+    if first == 0 and argument(block, "count") != 0:
+        store(argument(block, "count"), 0, int64(fetch(scratch, 0, float64)))
 
 
 @_inline
@@ -73,31 +83,36 @@ def _inv_std(block, c, wide):
 
 
 @_inline
-def prepare(block, c, wide, table):
-    """Mean, scale and shift: z = (x − mean)·scale + shift."""
+def prepare(block, first, last, wide, table):
+    """Mean, scale and shift of some channels: z = (x − mean)·scale + shift."""
     C, gamma, beta = argument(block, "C"), argument(block, "gamma"), argument(block, "beta")
-    inv_std = _inv_std(block, c, wide)
-    store(table, c, fetch(argument(block, "mean"), c, wide))
-    store(table, C + c, wide(inv_std * load(gamma, c, wide) if gamma != 0 else inv_std))
-    store(table, 2 * C + c, load(beta, c, wide) if beta != 0 else wide(0))
+    for c in range(first, last):
+        inv_std = _inv_std(block, c, wide)
+        store(table, c, fetch(argument(block, "mean"), c, wide))
+        store(table, C + c, wide(inv_std * load(gamma, c, wide) if gamma != 0 else inv_std))
+        store(table, 2 * C + c, load(beta, c, wide) if beta != 0 else wide(0))
 
 
 @_inline
-def merge_gradients(block, c, wide, table):
+def merge_gradients(block, first, last, wide, table):
     """∂γ, ∂β, and what ∂x takes off ∂z, from the parts' sums of ∂z and of ∂z·(x − mean)."""
     C, scratch = argument(block, "C"), argument(block, "scratch")
-    total, along = 0.0, 0.0
-    for part in range(argument(block, "splits")):
-        total += fetch(scratch, 2 * part * C + c, float64)
-        along += fetch(scratch, (2 * part + 1) * C + c, float64)
-    inv_std = _inv_std(block, c, wide)
-    store(argument(block, "dgamma"), c, wide(along * inv_std))
-    store(argument(block, "dbeta"), c, wide(total))
-    constant, slope = 0.0, 0.0
+    for part in range(1, argument(block, "splits")):
+        for c in range(first, last):
+            total = fetch(scratch, c, float64) + fetch(scratch, 2 * part * C + c, float64)
+            along = fetch(scratch, C + c, float64) + fetch(scratch, (2 * part + 1) * C + c, float64)
+            store(scratch, c, total)
+            store(scratch, C + c, along)
+    share = 0.0
     if argument(block, "given") == 0:
         count = float64(argument(block, "N") * argument(block, "S"))
         if argument(block, "count") != 0:
             count = max(float64(fetch(argument(block, "count"), 0, int64)), 1.0)
-        constant, slope = total / count, along * inv_std * inv_std / count
-    store(table, 3 * C + c, wide(constant))
-    store(table, 4 * C + c, wide(slope))
+        share = 1.0 / count
+    for c in range(first, last):
+        total, along = fetch(scratch, c, float64), fetch(scratch, C + c, float64)
+        inv_std = _inv_std(block, c, wide)
+        store(argument(block, "dgamma"), c, wide(along * inv_std))
+        store(argument(block, "dbeta"), c, wide(total))
+        store(table, 3 * C + c, wide(total * share))
+        store(table, 4 * C + c, wide(along * inv_std * inv_std * share))

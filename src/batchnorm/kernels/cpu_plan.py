@@ -27,7 +27,8 @@ LINE = 64
 """Bytes of a cache line."""
 
 _DEFAULT_CACHE = 2**25
-_MOST_ROWS = 256  # of a tile, whose sums are float32
+_FEWEST_ROWS, _MOST_ROWS = 16, 256  # of a tile: its sums are float32, and cost to be merged
+_CHANNELS = 1024  # that are worth a thread where nothing but sums is left to do
 
 
 class Plan(NamedTuple):
@@ -70,7 +71,7 @@ def plan(
     room, N, C, S = found
     threads = max(min(threads, N * C * S // _GRAIN), 1)
     if room == "rows":
-        splits, chunk = threads, min(max(_TILE // C, 4), _MOST_ROWS)
+        splits, chunk = threads, min(max(_TILE // C, _FEWEST_ROWS), _MOST_ROWS)
     else:
         # Whole channels, unless some threads would then have to wait for others.
         splits = 1 if C % threads == 0 or 8 * threads <= C else threads
@@ -80,7 +81,8 @@ def plan(
         steps: tuple[tuple[int, int], ...] = ((phases, threads),)
     else:
         alone = (MERGE, PREPARE, MERGE | PREPARE)
-        steps = tuple((phase, 1 if phase in alone else threads) for phase in _STEPS[function] if phase)
+        few = max(min(threads, C // _CHANNELS), 1)
+        steps = tuple((phase, few if phase in alone else threads) for phase in _STEPS[function] if phase)
     # A mask hides whole rows, which are skipped; among planes it needs loops of its own.
     fusion = (activation, has_residual) if room == "rows" else (activation, has_residual, has_mask)
     direction = "backward" if "backward" in function else "forward"

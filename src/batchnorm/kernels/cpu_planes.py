@@ -173,8 +173,7 @@ def forward(kind: Any, activation: str, has_residual: bool, has_mask: bool) -> A
         run, table, C = argument(block, "run"), table_at(block, FORWARD_SUMS), argument(block, "C")
         if argument(block, "given") != 0:
             if run & PREPARE:
-                for c in range(C):
-                    prepare(block, c, wide, table)
+                prepare(block, 0, C, wide, table)
             if run & APPLY:
                 apply_in_order(block, table)
                 settle(block)
@@ -185,9 +184,9 @@ def forward(kind: Any, activation: str, has_residual: bool, has_mask: bool) -> A
             if run & PARTIAL:
                 moments(block, c, part, begin, end)
             if run & MERGE and part == 0:
-                merge_moments(block, c, wide)
+                merge_moments(block, c, c + 1, wide)
             if run & PREPARE and part == 0:
-                prepare(block, c, wide, table)
+                prepare(block, c, c + 1, wide, table)
             if run & APPLY:
                 apply_channel(block, c, begin, end, table)
         settle(block)
@@ -276,11 +275,11 @@ def backward(kind: Any, activation: str, has_residual: bool, has_mask: bool) -> 
         for unit in range(first, last):
             c, part, begin, end = _range_of(block, unit)
             if run & PREPARE and part == 0:
-                prepare(block, c, wide, table)
+                prepare(block, c, c + 1, wide, table)
             if run & PARTIAL:
                 sums(block, c, part, begin, end, table)
             if run & MERGE and part == 0:
-                merge_gradients(block, c, wide, table)
+                merge_gradients(block, c, c + 1, wide, table)
             if run & APPLY:
                 apply(block, c, begin, end, table)
         settle(block)

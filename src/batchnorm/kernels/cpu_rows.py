@@ -172,11 +172,9 @@ def forward(kind: Any, activation: str, has_residual: bool) -> Any:
             for part in range(first, last):
                 moments(block, part, table + (5 + 3 * part) * wide_size * C)
         if run & MERGE:
-            for c in range(C):
-                merge_moments(block, c, wide)
+            merge_moments(block, *share(block, C), wide)
         if run & PREPARE:
-            for c in range(C):
-                prepare(block, c, wide, table)
+            prepare(block, *share(block, C), wide, table)
         if run & APPLY:
             for part in range(first, last):
                 apply(block, part, table)
@@ -281,14 +279,12 @@ def backward(kind: Any, activation: str, has_residual: bool) -> Any:
         table = table_at(block, BACKWARD_SUMS)
         first, last = share(block, splits)
         if run & PREPARE:
-            for c in range(C):
-                prepare(block, c, wide, table)
+            prepare(block, *share(block, C), wide, table)
         if run & PARTIAL:
             for part in range(first, last):
                 sums(block, part, table, table + (5 + 2 * part) * wide_size * C)
         if run & MERGE:
-            for c in range(C):
-                merge_gradients(block, c, wide, table)
+            merge_gradients(block, *share(block, C), wide, table)
         if run & APPLY:
             for part in range(first, last):
                 apply(block, part, table)

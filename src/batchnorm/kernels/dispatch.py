@@ -93,6 +93,13 @@ def _say(reason: str) -> None:
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
+# Looked up once: `runs_eagerly` is asked before every layer, and a small layer takes microseconds.
+_is_compiling = torch.compiler.is_compiling
+_num_dispatch_modes = torch._C._len_torch_dispatch_stack
+_tracing_state = torch._C._get_tracing_state
+_functorch_is_active = torch._C._are_functorch_transforms_active
+_forward_ad = torch.autograd.forward_ad
+
 
 def runs_eagerly(*tensors: Tensor | None) -> bool:
     """Whether these are plain tensors in plain eager execution, which kernels may read by address.
@@ -101,10 +108,11 @@ def runs_eagerly(*tensors: Tensor | None) -> bool:
     dispatch modes, nor for subclasses (fake, distributed): all these want to see operations.
     """
     if (
-        torch.compiler.is_compiling()
-        or is_transformed()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._get_tracing_state() is not None
+        _is_compiling()
+        or _functorch_is_active()
+        or _forward_ad._current_level >= 0
+        or _num_dispatch_modes()
+        or _tracing_state() is not None
     ):
         return False
     for t in tensors:  # noqa: SIM110, a generator costs more than all else here
@@ -116,6 +124,6 @@ def runs_eagerly(*tensors: Tensor | None) -> bool:
 
 def is_transformed() -> bool:
     """Whether a function transform (`torch.func`) or forward-mode differentiation is on."""
-    if torch.compiler.is_compiling():
+    if _is_compiling():
         return False
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    return _functorch_is_active() or _forward_ad._current_level >= 0

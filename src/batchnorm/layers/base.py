@@ -13,6 +13,8 @@ from batchnorm.layers import recompute, small
 from batchnorm.layers.running import commit, is_recomputation
 from batchnorm.moments import Moments
 
+_is_compiling = torch.compiler.is_compiling
+
 
 class Normalization(_BatchNorm):
     """Base of the layers; takes the arguments of `torch.nn.BatchNorm2d` and a few more.
@@ -119,6 +121,15 @@ class Normalization(_BatchNorm):
         self, x: Tensor, residual: Tensor | None, mask: Tensor | None, activation: str | None
     ) -> Tensor:
         weight, bias, mean, var = self._vectors()
+        by_running = mean is not None and (self.frozen or not self.training)
+        moves = not by_running and self.track_running_stats and mean is not None and not is_recomputation()
+        # First what is not worth more words than arithmetic.
+        if mean is not None and mask is None and not _is_compiling() and x.is_cpu and self._is_plain(x):
+            running = (mean, var, self._buffers["num_batches_tracked"] if moves else None, self.momentum)
+            given = (x, weight, bias, *running, self.eps, activation, residual)
+            y = (small.normalize_with if by_running else small.normalize)(*given)
+            if y is not None:
+                return y
         options: dict[str, Any] = {
             "eps": self.eps,
             "activation": activation,
@@ -126,43 +137,25 @@ class Normalization(_BatchNorm):
             "mask": mask,
             "channel_dim": self.channel_dim,
         }
-        if mean is not None and (self.frozen or not self.training):
-            y = None
-            unfused = activation is None and residual is None
-            if self._is_small(x, residual, mask, small.MOST_UNFUSED if unfused else small.MOST_ELEMENTS):
-                y = small.normalize_with(x, weight, bias, mean, var, self.eps, activation, residual)
-            if y is None:
-                y = normalize_with(x, mean, var, weight, bias, **options)
+        if by_running:
+            y = normalize_with(x, mean, var, weight, bias, **options)
             recompute.offer(y, x, [mean, var, weight, bias], **options)
             return y
-        tracks = self.training and self.track_running_stats and mean is not None
-        moves = tracks and not is_recomputation()
-        if tracks and self._is_small(x, residual, mask, small.MOST_ELEMENTS):
-            running = (mean, var, self.num_batches_tracked if moves else None, self.momentum)
-            found = small.normalize(x, weight, bias, *running, self.eps, activation, residual)
-            if found is not None:
-                y, mean, inv_std = found
-                if recompute.active() is not None:
-                    var = inv_std.square().reciprocal() - self.eps
-                    recompute.offer(y, x, [mean, var, weight, bias], **options)
-                return y
         y, moments = batch_norm(x, weight, bias, **options)
         recompute.offer(y, x, [moments.mean, moments.var, weight, bias], **options)
         if moves:
             commit(mean, var, self.num_batches_tracked, moments, self.momentum)
         return y
 
-    def _is_small(self, x: Tensor, residual: Tensor | None, mask: Tensor | None, most: int) -> bool:
-        return (
-            not torch.compiler.is_compiling()
-            and self.num_features < x.numel() <= most
-            and x.is_cpu
-            and mask is None
-            and (residual is None or (residual.shape == x.shape and residual.dtype == x.dtype))
-            and (self.channel_dim == 1 or x.dim() == 2)
-        )
+    def _is_plain(self, x: Tensor) -> bool:
+        return self.channel_dim == 1 or x.dim() == 2
 
     def _vectors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        parameters, buffers = self._parameters, self._buffers
+        if "weight" in parameters and "bias" in parameters and len(buffers) >= 2:
+            # Past Module.__getattr__, which takes as long for these four as a small layer's arithmetic.
+            mean, var = buffers.get("running_mean"), buffers.get("running_var")
+            return parameters["weight"], parameters["bias"], mean, var
         return self.weight, self.bias, self.running_mean, self.running_var
 
     def moments(self, x: Tensor, mask: Tensor | None = None, dtype: torch.dtype = torch.float64) -> Moments:

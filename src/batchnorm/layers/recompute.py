@@ -21,11 +21,24 @@ _MOST_STEPS = 2
 one is kept: backward goes along such a chain against its direction."""
 
 _active = threading.local()
+_num_active = 0
+_counting = threading.Lock()
 
 
 def active() -> "Saver | None":
     """The saver at work in this thread."""
     return getattr(_active, "saver", None)
+
+
+def is_active() -> bool:
+    """Whether a saver is at work in any thread."""
+    return _num_active > 0
+
+
+def _count(change: int) -> None:
+    global _num_active
+    with _counting:
+        _num_active += change
 
 
 class Geometry(NamedTuple):
@@ -131,6 +144,7 @@ class Saver:
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, Slot.value)
 
     def __enter__(self) -> "Saver":
+        _count(1)
         self._outer = active()
         self._hooks.__enter__()
         _active.saver = self
@@ -139,6 +153,7 @@ class Saver:
     def __exit__(self, *error: object) -> None:
         _active.saver = self._outer
         self._hooks.__exit__(*error)
+        _count(-1)
         # What no one has saved by now is not going to be wanted.
         self._outputs.clear()
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from batchnorm.kernels import cpu, dispatch
 from batchnorm.kernels.activations import TABLE
+from batchnorm.layers import recompute
 
 MOST_ELEMENTS = 32768
 """Above, fused kernels are faster than PyTorch's operations in spite of what a call of them costs."""
@@ -28,31 +29,36 @@ def normalize(
     eps: float,
     activation: str | None,
     residual: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """What a layer gives in training, the batch's mean, and 1/sqrt(var + eps).
+) -> Tensor | None:
+    """What a layer gives in training; ``None``, and nothing done, where the usual road is needed.
 
-    The running statistics have moved. ``None``, and nothing done, where the usual road is needed.
-    PyTorch hands out no variance: what moves the running one was rounded together with ``eps``,
-    as it is again in every use of it.
+    The running statistics have moved. PyTorch hands out no variance: what moves the running one
+    was rounded together with ``eps``, as it is again in every use of it.
 
     Args:
-        x: Shape (N, C, *spatial), N·S ≥ 2, at most `MOST_ELEMENTS`, on the CPU.
+        x: Shape (N, C, *spatial), on the CPU.
         weight: Shape (C,), or ``None``; so is ``bias``.
         running_mean: Shape (C,); so is ``running_var``.
         num_batches_tracked: Batches that moved them; ``None`` leaves them where they are.
         momentum: Weight of the batch; ``None`` averages all equally.
         eps: Added to the variance.
         activation: A name in `activations.TABLE`, or ``None``.
-        residual: Shape and dtype of ``x``, or ``None``.
+        residual: Added before the activation, or ``None``.
     """
-    if not _suits(x, weight, bias, residual, running_mean, running_var):
+    size, num_channels = x.numel(), running_mean.numel()
+    if not (num_channels < size <= MOST_ELEMENTS):
+        return None
+    if not _suits(x, weight, bias, running_mean, running_var, residual):
         return None
     y, mean, inv_std = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
     if num_batches_tracked is not None:
-        count = x.numel() // running_mean.numel()
         running = (running_mean, running_var, num_batches_tracked)
-        cpu.move(*running, mean, inv_std, count, momentum, inverted_with=eps)
-    return _finish(y, activation, residual), mean, inv_std
+        cpu.move(*running, mean, inv_std, size // num_channels, momentum, inverted_with=eps)
+    y = _finish(y, activation, residual)
+    if recompute.is_active():
+        var = inv_std.square().reciprocal() - eps
+        _offer(y, x, [mean, var, weight, bias], eps, activation, residual)
+    return y
 
 
 def normalize_with(
@@ -61,21 +67,35 @@ def normalize_with(
     bias: Tensor | None,
     mean: Tensor,
     var: Tensor,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
     eps: float,
     activation: str | None,
     residual: Tensor | None,
 ) -> Tensor | None:
     """What a layer gives by its running statistics; ``None`` where the usual road is needed.
 
-    Args:
-        x: As in `normalize`; so are the arguments not listed here.
-        mean: Running mean, shape (C,).
-        var: Running variance, shape (C,).
+    Takes the arguments of `normalize`; the statistics do not move.
     """
-    if not _suits(x, weight, bias, residual, mean, var):
+    most = MOST_UNFUSED if activation is None and residual is None else MOST_ELEMENTS
+    if not (0 < x.numel() <= most) or not _suits(x, weight, bias, mean, var, residual):
         return None
-    y = torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, False)
-    return _finish(y, activation, residual)
+    y = _finish(torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, False), activation, residual)
+    if recompute.is_active():
+        _offer(y, x, [mean, var, weight, bias], eps, activation, residual)
+    return y
+
+
+def _offer(
+    y: Tensor,
+    x: Tensor,
+    vectors: list[Tensor | None],
+    eps: float,
+    activation: str | None,
+    residual: Tensor | None,
+) -> None:
+    options = {"eps": eps, "activation": activation, "residual": residual, "channel_dim": 1}
+    recompute.offer(y, x, vectors, mask=None, **options)
 
 
 _STATISTICS = {torch.float32: torch.float32, torch.float64: torch.float64, torch.bfloat16: torch.float32}
@@ -85,17 +105,18 @@ def _suits(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    residual: Tensor | None,
     mean: Tensor,
     var: Tensor,
+    residual: Tensor | None,
 ) -> bool:
-    """Whether all are plain tensors in plain eager execution, and no kernel was asked for by name."""
+    """Whether all are plain tensors in plain eager execution, and no one asked for anything special."""
     dtype = _STATISTICS.get(x.dtype)
     return (
         dtype is mean.dtype
         and var.dtype is dtype
         and (weight is None or weight.dtype is dtype)
         and (bias is None or bias.dtype is dtype)
+        and (residual is None or (residual.shape == x.shape and residual.dtype is x.dtype))
         and mean.is_cpu
         and mean.is_contiguous()
         and var.is_contiguous()
