@@ -30,12 +30,6 @@ class Case:
     layout: str
     fusion: str
 
-    @property
-    def name(self) -> str:
-        """For tables and files."""
-        size = "×".join(map(str, self.shape.full))
-        return f"{self.shape.network} {size} {self.dtype} {self.layout} {self.fusion}"
-
 
 @dataclass(frozen=True)
 class _Work:
@@ -104,7 +98,6 @@ def measure(case: Case, *, rounds: int = 9, compiled: bool = True) -> dict[str, 
     right = _right(work, ours, in_place, theirs)
     timings = in_turns(contenders, rounds=rounds)
     row: dict[str, Any] = {
-        "case": case.name,
         "network": case.shape.network,
         "shape": list(case.shape.full),
         "count": case.shape.count,

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from batchnorm.files import write_json
+from batchnorm.files import write_bytes
 from batchnorm.report import Curve, CurveChart, draw
 from batchnorm.train.run import environment
 
@@ -55,7 +55,9 @@ def append(path: Path, kind: str, results: Any, **settings: Any) -> None:
         "results": results,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"occasions": [*occasions(path), occasion]})
+    # A line each: tables of numbers, one to a line, would fill a screen for every case.
+    lines = ",\n".join(json.dumps(o, ensure_ascii=False) for o in (*occasions(path), occasion))
+    write_bytes(path, f'{{"occasions": [\n{lines}\n]}}\n'.encode())
 
 
 def default_path(kind: str) -> Path:
