@@ -1,8 +1,9 @@
 """Batch Normalization as pure functions of tensors; running averages are the layers' business."""
 
+import torch
 from torch import Tensor
 
-from batchnorm.kernels import dispatch, eager, native, ops, reference
+from batchnorm.kernels import cpu, dispatch, eager, native, ops, reference
 from batchnorm.kernels.activations import TABLE, check_activation
 from batchnorm.moments import Moments, check_mask
 
@@ -138,10 +139,15 @@ def _normalize(
         # vmap, jvp and their compositions go through plain operations, which they all know.
         y, moments = reference.forward(*arguments)
         return y, Moments(moments.mean.detach(), moments.var.detach(), moments.count)
-    if mask is None and x.numel():
+    # What a compiler makes of PyTorch's operations is slower than the CPU's kernels; not so on a GPU.
+    compiles = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    fast = compiles and x.is_cpu and x.dtype in cpu.KINDS and cpu.FOUND
+    if mask is None and x.numel() and not fast:
         return native.forward(*arguments)
     y, mean, var, count = ops.normalize(*arguments)
-    return y, Moments(mean, var, count if mask is not None else 0)
+    if mask is None:
+        count = x.numel() // x.shape[1] if x.numel() else 0
+    return y, Moments(mean, var, count)
 
 
 def _check(

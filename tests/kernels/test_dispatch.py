@@ -282,3 +282,32 @@ def test_statistics_may_move_between_a_forward_by_them_and_its_backward(name):
         y = layer(x)
         layer.train()(big())
     torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], expected)
+
+
+def test_compiled_training_runs_the_cpus_kernel(calls):
+    layer = bn.BatchNorm2d(4, activation="relu")
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    compiled(big().requires_grad_()).sum().backward()
+    assert calls == ["cpu"]
+
+
+def test_compiled_lanes():
+    x, weight = torch.randn(3, 8, 4, 6), torch.rand(3, 4) + 0.5
+
+    def one(x, weight):
+        return batch_norm(x, weight, activation="relu")[0]
+
+    compiled = torch.compile(torch.vmap(one), backend="aot_eager")
+    expected = torch.stack([one(*lane) for lane in zip(x, weight, strict=True)])
+    torch.testing.assert_close(compiled(x, weight), expected)
+
+
+def test_exported_training_is_pytorchs_operations():
+    class Net(torch.nn.Module):
+        def forward(self, x):
+            return batch_norm(x, activation="relu")[0]
+
+    program = torch.export.export(Net(), (big(),))
+    assert not any("batchnorm" in str(node.target) for node in program.graph.nodes)
+    x = big()
+    torch.testing.assert_close(program.module()(x), Net()(x))

@@ -27,6 +27,7 @@ def measure(
     side: int = 224,
     rounds: int = 7,
     memory: Sequence[MemorySetting] = MEMORY,
+    compiled: bool = False,
     threads: int = 0,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
@@ -37,6 +38,7 @@ def measure(
         side: Pixels; 224 is the paper's.
         rounds: Samples of each form, in which all forms and all settings of the memory take turns.
         memory: Settings, each in a process of its own.
+        compiled: Whether `torch.compile` takes part, with and without `accelerate`.
         threads: PyTorch's threads; 0 leaves its own choice.
         progress: Told what is going on.
 
@@ -53,7 +55,7 @@ def measure(
         workers = {setting: stack.enter_context(process(setting, threads)) for setting in memory}
         for setting, worker in workers.items():
             progress(f"memory {setting}: preparing")
-            forms = worker.submit(_prepare, batch, side).result()
+            forms = worker.submit(_prepare, batch, side, compiled).result()
             samples[setting] = {form: [] for form in forms}
         for turn in range(rounds):
             progress(f"round {turn + 1} of {rounds}")
@@ -93,10 +95,16 @@ def _ratios(seconds: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, f
             "channels last: share of BN's own cost gone": 1 - (ours - bare) / (last - bare),
             "channels last: time of save_memory": s["batchnorm, channels last, save_memory"] / ours,
         }
+        if "torch.compile: batchnorm" in s:
+            bare = s["torch.compile: eager, in-place ReLU"]
+            found[f"memory {setting}"] |= {
+                "torch.compile of the model": bare / s["batchnorm"],
+                "torch.compile, without and with accelerate": bare / s["torch.compile: batchnorm"],
+            }
     return {name: {k: round(v, 3) for k, v in of.items()} for name, of in found.items()}
 
 
-def _prepare(batch: int, side: int) -> list[str]:
+def _prepare(batch: int, side: int, compiled: bool) -> list[str]:
     """Make the forms, in the process that is to run them, and let each take its first steps."""
     images, labels = torch.randn(batch, 3, side, side), torch.randint(0, 1000, (batch,))
     plain = inception()
@@ -119,6 +127,10 @@ def _prepare(batch: int, side: int) -> list[str]:
         "batchnorm, channels last": (ours(last, example_last), images_last),
         "batchnorm, channels last, save_memory": (ours(last, example_last, True), images_last),
     }
+    if compiled:
+        for name in ("eager, in-place ReLU", "batchnorm", "batchnorm, channels last"):
+            net, x = forms[name]
+            forms[f"torch.compile: {name}"] = (torch.compile(copy.deepcopy(net), dynamic=False), x)
     _steps.update({name: _step(net, x, labels) for name, (net, x) in forms.items()})
     for step in _steps.values():
         for _ in range(_NUM_WARM):

@@ -69,6 +69,8 @@ class Step(Common):
     """Pixels."""
     rounds: int = 7
     """Samples of each form."""
+    compiled: bool = False
+    """Let torch.compile take part, with and without accelerate: minutes of compilation."""
     memory: tuple[MemorySetting, ...] = MEMORY
     """Where the CPU's memory comes from: the C library as it is, huge pages (THP_MEM_ALLOC_ENABLE),
     or freed memory kept for reuse, as `accelerate` has it. Each in a process of its own."""
@@ -147,6 +149,7 @@ def _step(options: Any, path: Path, console: Console) -> None:
             side=options.side,
             rounds=options.rounds,
             memory=options.memory,
+            compiled=options.compiled,
             threads=options.threads,
             progress=status.update,
         )

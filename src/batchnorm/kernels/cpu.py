@@ -17,13 +17,16 @@ from batchnorm.kernels.contract import Gradients
 from batchnorm.kernels.cpu_build import Spec, compiled
 from batchnorm.kernels.cpu_plan import KINDS, LINE, Plan, pitch, plan
 from batchnorm.kernels.cpu_threads import PACK, Compiled, num_threads, run
+from batchnorm.kernels.heap import is_kept
 from batchnorm.moments import Moments
 
+FOUND = find_spec("numba") is not None
+"""Whether these kernels have what they need."""
 
-@cache
+
 def missing() -> str:
     """What these kernels lack on this machine; empty if nothing."""
-    return "" if find_spec("numba") else "numba is not installed"
+    return "" if FOUND else "numba is not installed"
 
 
 def refuses(
@@ -183,7 +186,7 @@ def _transform(
     residual, mask = _like(residual, x), None if mask is None else mask.contiguous()
     gamma, beta = _vector(gamma, wide), _vector(beta, wide)
     y, scratch = torch.empty_like(x), x.new_empty(num_scratch, dtype=torch.float64)
-    streams = streams and y.data_ptr() % LINE == 0
+    streams = streams and is_kept() and y.data_ptr() % LINE == 0
     for phases, threads in steps:
         block = PACK(
             phases, *sizes, streams, 0, x.data_ptr(), y.data_ptr(), _at(residual), _at(mask),
@@ -234,7 +237,7 @@ def _gradients(
     dgamma, dbeta = x.new_empty(C, dtype=wide), x.new_empty(C, dtype=wide)
     scratch = x.new_empty(num_scratch, dtype=torch.float64)
     counted = count.data_ptr() if isinstance(count, Tensor) else 0
-    streams = streams and dx.data_ptr() % LINE == 0 and _at(dz) % LINE == 0
+    streams = streams and is_kept() and dx.data_ptr() % LINE == 0
     for phases, threads in steps:
         block = PACK(
             phases, *sizes, streams, apart, x.data_ptr(), 0, _at(extra), _at(mask),

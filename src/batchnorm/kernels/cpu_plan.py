@@ -41,7 +41,8 @@ class Plan(NamedTuple):
         num_channels: C, of the tensor.
         wide: What is computed in.
         num_scratch: Numbers of float64 that the kernel needs beside its results.
-        streams: Whether results are best written past the caches, if they begin with a cache line.
+        streams: Whether results are best written past the caches, if they begin with a cache line and
+            their pages are not fresh ones, which are in a cache from being cleared.
     """
 
     kernel: Compiled

@@ -63,12 +63,18 @@ def _range_of(block, unit):
 
 
 @_exact
-def _run_at(block, c, p, end):
-    """Where in the tensor the adjacent positions from ``p`` on are, and how many before ``end``."""
+def _find(block, p):
+    """Example and location of a position. A division: once for many runs, not once for each."""
     S = argument(block, "S")
     n = p // S
-    i = p - n * S
-    return (n * argument(block, "C") + c) * S + i, min(S - i, end - p)
+    return n, p - n * S
+
+
+@_exact
+def _step(block, n, i, num):
+    """Example and location ``num`` positions on, in the same run or at the beginning of the next."""
+    i += num
+    return (n + 1, 0) if i == argument(block, "S") else (n, i)
 
 
 def forward(kind: Any, activation: str, has_residual: bool, has_mask: bool) -> Any:
@@ -93,14 +99,18 @@ def forward(kind: Any, activation: str, has_residual: bool, has_mask: bool) -> A
     def around(block, c, begin, end, centre):
         """Samples that count, and the sums of their deviations from ``centre`` and of the squares."""
         x, mask = argument(block, "x"), argument(block, "mask")
+        C, S = argument(block, "C"), argument(block, "S")
         count, total, squares = int64(0), 0.0, 0.0
+        n, i = _find(block, begin)
         while begin < end:
-            place, num = _run_at(block, c, begin, end)
-            more, first, second = around_run(x + place * size, mask + begin, num, centre)
+            num = min(S - i, end - begin)
+            at = ((n * C + c) * S + i) * size
+            more, first, second = around_run(x + at, mask + begin, num, centre)
             count += more
             total += first
             squares += second
             begin += num
+            n, i = _step(block, n, i, num)
         return float64(count), total, squares
 
     @_exact
@@ -109,8 +119,8 @@ def forward(kind: Any, activation: str, has_residual: bool, has_mask: bool) -> A
         x, mask = argument(block, "x"), argument(block, "mask")
         count, mean, squares = 0.0, 0.0, 0.0
         if begin < end and (not has_mask or load(mask, begin, uint8) != 0):
-            place, _ = _run_at(block, c, begin, end)
-            mean = float64(widen(load(x, place, kind)))
+            n, i = _find(block, begin)
+            mean = float64(widen(load(x, (n * C + c) * argument(block, "S") + i, kind)))
         while begin < end:
             stop = min(begin + chunk, end)
             centre = wide(mean)
@@ -148,10 +158,13 @@ def forward(kind: Any, activation: str, has_residual: bool, has_mask: bool) -> A
 
     @_exact
     def apply_channel(block, c, begin, end, table):
+        C, S = argument(block, "C"), argument(block, "S")
+        n, i = _find(block, begin)
         while begin < end:
-            place, num = _run_at(block, c, begin, end)
-            apply_run(block, c, place, begin, num, table)
+            num = min(S - i, end - begin)
+            apply_run(block, c, (n * C + c) * S + i, begin, num, table)
             begin += num
+            n, i = _step(block, n, i, num)
 
     @_exact
     def apply_in_order(block, table):
@@ -161,12 +174,16 @@ def forward(kind: Any, activation: str, has_residual: bool, has_mask: bool) -> A
         # In pieces of whole cache lines; what is left over is the last thread's.
         first, last = share(block, total // LINE)
         place, end = first * LINE, total if last == total // LINE else last * LINE
+        run, i = _find(block, place)
+        n = run // C
+        c = run - n * C
         while place < end:
-            run = place // S
-            i, n = place - run * S, run // C
             num = min(S - i, end - place)
-            apply_run(block, run - n * C, place, n * S + i, num, table)
+            apply_run(block, c, place, n * S + i, num, table)
             place += num
+            run, i = _step(block, run, i, num)
+            if run != n * C + c:
+                n, c = (n + 1, 0) if c == C - 1 else (n, c + 1)
 
     @_exact
     def kernel(block):
@@ -198,75 +215,77 @@ def backward(kind: Any, activation: str, has_residual: bool, has_mask: bool) -> 
     """The kernel of `cpu.backward` and `cpu.apply_backward`, not yet compiled."""
     wide, size = widened(kind), kind.bitwidth // 8
     gradient = gradient_of(kind, activation, has_residual, has_mask)
-
-    @_exact
-    def dy_at(block, c, p):
-        """Where position ``p`` lies in ∂y, whose examples may be further apart than those of x."""
-        S = argument(block, "S")
-        n = p // S
-        return argument(block, "dy") + (n * argument(block, "dy_pitch") + c * S + p - n * S) * size
+    deviation = deviation_of(kind)
 
     @_sums
-    def sums_run(dy, x, extra, mask, num, mean, scale, shift):
+    def sums_run(dy, x, extra, mask, num, mean, scale, shift, dresidual):
         total, along = wide(0), wide(0)
         for i in range(num):
-            dz, deviation = gradient(dy, x, extra, mask, i, mean, scale, shift)
+            dz, d = gradient(dy, x, extra, mask, i, mean, scale, shift)
             total += dz
-            along += dz * deviation
+            along += dz * d
+            if has_residual:
+                store(dresidual, i, narrow(dz, kind))
         return float64(total), float64(along)
 
     @_exact
     def sums(block, c, part, begin, end, table):
         C, scratch, mask = argument(block, "C"), argument(block, "scratch"), argument(block, "mask")
         x, extra, chunk = argument(block, "x"), argument(block, "residual"), argument(block, "chunk")
+        S, dy, pitch = argument(block, "S"), argument(block, "dy"), argument(block, "dy_pitch")
+        dresidual = argument(block, "dresidual")
         mean, scale = fetch(table, c, wide), fetch(table, C + c, wide)
         shift, p, total, along = fetch(table, 2 * C + c, wide), begin, 0.0, 0.0
+        n, i = _find(block, begin)
         while p < end:
-            place, num = _run_at(block, c, p, end)
-            num = min(num, chunk)
-            at = place * size
-            dy = dy_at(block, c, p)
-            more, further = sums_run(dy, x + at, extra + at, mask + p, num, mean, scale, shift)
+            num = min(S - i, end - p, chunk)
+            at, there = ((n * C + c) * S + i) * size, (n * pitch + c * S + i) * size
+            given = (mask + p, num, mean, scale, shift, dresidual + at)
+            more, further = sums_run(dy + there, x + at, extra + at, *given)
             total += more
             along += further
             p += num
+            n, i = _step(block, n, i, num)
         store(scratch, 2 * part * C + c, total)
         store(scratch, (2 * part + 1) * C + c, along)
 
     @_exact
-    def put(block, c, place, p, num, table, dx, dresidual):
-        C, mask, at = argument(block, "C"), argument(block, "mask") + p, place * size
-        dy, x, extra = dy_at(block, c, p), argument(block, "x") + at, argument(block, "residual") + at
+    def put(block, c, at, dy, p, num, table, dx):
+        C, mask = argument(block, "C"), argument(block, "mask") + p
+        x, extra = argument(block, "x") + at, argument(block, "residual") + at
+        dresidual = argument(block, "dresidual") + at
         mean, scale = fetch(table, c, wide), fetch(table, C + c, wide)
         shift = fetch(table, 2 * C + c, wide)
         constant, slope = fetch(table, 3 * C + c, wide), fetch(table, 4 * C + c, wide)
         for i in range(num):
-            dz, deviation = gradient(dy, x, extra, mask, i, mean, scale, shift)
-            change = scale * ((dz - constant) - deviation * slope)
+            if has_residual:
+                # What the sums have stored: one tensor to read in place of two.
+                dz, d = widen(fetch(dresidual, i, kind)), deviation(x, i, mean)
+            else:
+                dz, d = gradient(dy, x, extra, mask, i, mean, scale, shift)
+            change = scale * ((dz - constant) - d * slope)
             if has_mask:
                 change = change if load(mask, i, uint8) != 0 else wide(0)
             store(dx, i, narrow(change, kind))
-            if has_residual:
-                store(dresidual, i, narrow(dz, kind))
 
     @_exact
     def apply(block, c, begin, end, table):
-        dx, dresidual = argument(block, "dx"), argument(block, "dresidual")
-        streams = argument(block, "streams") != 0
-        staged, staged_too = stage(), stage()
+        dx, dy, pitch = argument(block, "dx"), argument(block, "dy"), argument(block, "dy_pitch")
+        C, S, streams = argument(block, "C"), argument(block, "S"), argument(block, "streams") != 0
+        staged = stage()
+        n, i = _find(block, begin)
         p = begin
         while p < end:
-            place, num = _run_at(block, c, p, end)
-            at = place * size
+            num = min(S - i, end - p)
+            at, there = ((n * C + c) * S + i) * size, dy + (n * pitch + c * S + i) * size
             if streams:
                 num = min(num, STAGE // size)
-                put(block, c, place, p, num, table, staged, staged_too)
+                put(block, c, at, there, p, num, table, staged)
                 stream(dx + at, staged, num * size)
-                if has_residual:
-                    stream(dresidual + at, staged_too, num * size)
             else:
-                put(block, c, place, p, num, table, dx + at, dresidual + at)
+                put(block, c, at, there, p, num, table, dx + at)
             p += num
+            n, i = _step(block, n, i, num)
 
     @_exact
     def kernel(block):

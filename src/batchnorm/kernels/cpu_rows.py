@@ -22,7 +22,7 @@ from batchnorm.kernels.cpu_channel import (
     prepare,
     table_at,
 )
-from batchnorm.kernels.cpu_elements import gradient_of, transform_of, widened
+from batchnorm.kernels.cpu_elements import deviation_of, gradient_of, transform_of, widened
 from batchnorm.kernels.cpu_memory import (
     STAGE,
     argument,
@@ -187,34 +187,34 @@ def backward(kind: Any, activation: str, has_residual: bool) -> Any:
     """The kernel of `cpu.backward` and `cpu.apply_backward`, not yet compiled."""
     wide, size = widened(kind), kind.bitwidth // 8
     wide_size = wide.bitwidth // 8
-    gradient = gradient_of(kind, activation, has_residual, False)
+    gradient, deviation = gradient_of(kind, activation, has_residual, False), deviation_of(kind)
 
     @_exact
-    def add_row(dy, x, extra, C, table, total, along):
+    def add_row(dy, x, extra, dz, C, table, total, along):
         for c in range(C):
             mean, scale = fetch(table, c, wide), fetch(table, C + c, wide)
-            dz, d = gradient(dy, x, extra, 0, c, mean, scale, fetch(table, 2 * C + c, wide))
-            store(total, c, fetch(total, c, wide) + dz)
-            store(along, c, fetch(along, c, wide) + dz * d)
+            g, d = gradient(dy, x, extra, 0, c, mean, scale, fetch(table, 2 * C + c, wide))
+            store(total, c, fetch(total, c, wide) + g)
+            store(along, c, fetch(along, c, wide) + g * d)
+            if has_residual:
+                store(dz, c, narrow(g, kind))
 
     @_exact
-    def add_four_rows(dy, x, extra, C, pitch, table, total, along):
+    def add_two_rows(dy, x, C, pitch, table, total, along):
         step = C * size
         for c in range(C):
             mean, scale = fetch(table, c, wide), fetch(table, C + c, wide)
             shift = fetch(table, 2 * C + c, wide)
-            g0, d0 = gradient(dy, x, extra, 0, c, mean, scale, shift)
-            g1, d1 = gradient(dy + pitch, x + step, extra + step, 0, c, mean, scale, shift)
-            g2, d2 = gradient(dy + 2 * pitch, x + 2 * step, extra + 2 * step, 0, c, mean, scale, shift)
-            g3, d3 = gradient(dy + 3 * pitch, x + 3 * step, extra + 3 * step, 0, c, mean, scale, shift)
-            store(total, c, fetch(total, c, wide) + ((g0 + g1) + (g2 + g3)))
-            store(along, c, fetch(along, c, wide) + ((g0 * d0 + g1 * d1) + (g2 * d2 + g3 * d3)))
+            g0, d0 = gradient(dy, x, 0, 0, c, mean, scale, shift)
+            g1, d1 = gradient(dy + pitch, x + step, 0, 0, c, mean, scale, shift)
+            store(total, c, fetch(total, c, wide) + (g0 + g1))
+            store(along, c, fetch(along, c, wide) + (g0 * d0 + g1 * d1))
 
     @_exact
     def sums(block, part, table, spare):
         dy, x, extra = argument(block, "dy"), argument(block, "x"), argument(block, "residual")
         mask, C = argument(block, "mask"), argument(block, "C")
-        pitch = argument(block, "dy_pitch") * size
+        pitch, dz = argument(block, "dy_pitch") * size, argument(block, "dresidual")
         totals = argument(block, "scratch") + 8 * 2 * part * C
         total, along = spare, spare + wide_size * C
         for c in range(2 * C):
@@ -226,20 +226,22 @@ def backward(kind: Any, activation: str, has_residual: bool) -> Any:
                 store(total, c, wide(0))
             while row < stop:
                 at = row * C * size
-                if mask == 0 and row + 4 <= stop:
-                    add_four_rows(dy + row * pitch, x + at, extra + at, C, pitch, table, total, along)
-                    row += 4
+                # Of a third tensor, and one to write, a row at a time: memory is read ahead in few places.
+                if not has_residual and mask == 0 and row + 2 <= stop:
+                    add_two_rows(dy + row * pitch, x + at, C, pitch, table, total, along)
+                    row += 2
                     continue
                 if mask == 0 or load(mask, row, uint8) != 0:
-                    add_row(dy + row * pitch, x + at, extra + at, C, table, total, along)
+                    add_row(dy + row * pitch, x + at, extra + at, dz + at, C, table, total, along)
                 row += 1
             for c in range(2 * C):
                 store(totals, c, fetch(totals, c, float64) + float64(fetch(total, c, wide)))
 
     @_exact
-    def put(block, row, first, last, table, dx, dresidual):
+    def put(block, row, first, last, table, dx):
         x, extra, C = argument(block, "x"), argument(block, "residual"), argument(block, "C")
         dy, at = argument(block, "dy") + row * argument(block, "dy_pitch") * size, row * C * size
+        dresidual = argument(block, "dresidual") + at
         if argument(block, "mask") != 0 and load(argument(block, "mask"), row, uint8) == 0:
             for c in range(first, last):
                 store(dx, c, narrow(wide(0), kind))
@@ -250,28 +252,27 @@ def backward(kind: Any, activation: str, has_residual: bool) -> Any:
             mean, scale = fetch(table, c, wide), fetch(table, C + c, wide)
             shift, constant = fetch(table, 2 * C + c, wide), fetch(table, 3 * C + c, wide)
             slope = fetch(table, 4 * C + c, wide)
-            dz, d = gradient(dy, x + at, extra + at, 0, c, mean, scale, shift)
-            store(dx, c, narrow(scale * ((dz - constant) - d * slope), kind))
             if has_residual:
-                store(dresidual, c, narrow(dz, kind))
+                # What the sums have stored: one tensor to read in place of two.
+                dz, d = widen(fetch(dresidual, c, kind)), deviation(x + at, c, mean)
+            else:
+                dz, d = gradient(dy, x + at, extra + at, 0, c, mean, scale, shift)
+            store(dx, c, narrow(scale * ((dz - constant) - d * slope), kind))
 
     @_exact
     def apply(block, part, table):
-        dx, dresidual, C = argument(block, "dx"), argument(block, "dresidual"), argument(block, "C")
-        streams, staged, staged_too = argument(block, "streams") != 0, stage(), stage()
+        dx, C = argument(block, "dx"), argument(block, "C")
+        streams, staged = argument(block, "streams") != 0, stage()
         begin, end = _rows_of(block, part)
         for row in range(begin, end):
-            at = row * C * size
+            at = dx + row * C * size
             if not streams:
-                put(block, row, 0, C, table, dx + at, dresidual + at)
+                put(block, row, 0, C, table, at)
                 continue
             for first in range(0, C, STAGE // size):
                 last = min(first + STAGE // size, C)
-                here = first * size
-                put(block, row, first, last, table, staged - here, staged_too - here)
-                stream(dx + at + here, staged, (last - first) * size)
-                if has_residual:
-                    stream(dresidual + at + here, staged_too, (last - first) * size)
+                put(block, row, first, last, table, staged - first * size)
+                stream(at + first * size, staged, (last - first) * size)
 
     @_exact
     def kernel(block):

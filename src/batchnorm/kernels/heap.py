@@ -14,6 +14,14 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # glibc's malloc.h
 _OTHERS_SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")
 
 
+_is_kept = False
+
+
+def is_kept() -> bool:
+    """Whether `keep_freed_memory` is in force, so that a new tensor's pages are seldom fresh."""
+    return _is_kept
+
+
 @cache
 def keep_freed_memory() -> str:
     """Let this process keep the memory of freed tensors for new ones, instead of returning it.
@@ -37,4 +45,6 @@ def keep_freed_memory() -> str:
         accepted = library.mallopt(_MMAP_MAX, 0) and library.mallopt(_TRIM_THRESHOLD, -1)
     except (OSError, AttributeError, TypeError):
         return "the C library is not glibc"
+    global _is_kept
+    _is_kept = bool(accepted)
     return "" if accepted else "glibc refused"

@@ -3,6 +3,9 @@
 Registered with `torch.library`, so `torch.compile`, `torch.export` and `opcheck` know them.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -158,3 +161,21 @@ def _second_gradients(ctx, *grads):
 
 
 normalize_backward.register_autograd(_second_gradients, setup_context=_remember_backward)
+
+
+def _lane_by_lane(operator: Any) -> Callable[..., tuple[Any, Any]]:
+    """The rule of `torch.vmap` for an operator: its outputs for each lane, stacked."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        lanes = [
+            operator(*(a if dim is None else a.select(dim, i) for a, dim in zip(args, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        outputs = tuple(torch.stack(parts) for parts in zip(*lanes, strict=True))
+        return outputs, (0,) * len(outputs)
+
+    return rule
+
+
+normalize.register_vmap(_lane_by_lane(normalize))
+normalize_backward.register_vmap(_lane_by_lane(normalize_backward))
