@@ -311,3 +311,14 @@ def test_exported_training_is_pytorchs_operations():
     assert not any("batchnorm" in str(node.target) for node in program.graph.nodes)
     x = big()
     torch.testing.assert_close(program.module()(x), Net()(x))
+
+
+def test_what_pytorchs_kernel_does_faster_is_left_to_it(calls, caplog):
+    x = torch.randn(32, 2048, 7, 7, dtype=torch.bfloat16)
+    dispatch._say.cache_clear()
+    with caplog.at_level(logging.INFO, "batchnorm"):
+        batch_norm(x, residual=x, activation="relu")
+    assert "short runs" in caplog.text
+    batch_norm(x, activation="relu")
+    batch_norm(last(x), residual=last(x), activation="relu")
+    assert calls == ["torch", "cpu", "cpu"]

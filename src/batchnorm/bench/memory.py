@@ -1,5 +1,6 @@
 """What a training step of BN-Inception holds in memory, form by form, each in a process of its own."""
 
+import ctypes
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -37,6 +38,7 @@ def measure(*, batch: int = 32, side: int = 224, layout: str = "channels_last") 
 
     Raises:
         OSError: The system does not tell a process its memory as Linux does.
+        AttributeError: The C library is not glibc.
     """
     context = multiprocessing.get_context("spawn")
     bytes_of: dict[str, tuple[int, int]] = {}
@@ -71,12 +73,18 @@ def _one(form: str, batch: int, side: int, layout: str) -> tuple[int, int]:
         net, _ = accelerate(net, images[:2], save_memory=form.endswith("save_memory"), keep_memory=False)
     loss_of = _loss(net, images, labels)
     loss_of().backward()  # gradients, and whatever the libraries set up on first use
+    _give_back()
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     loss = loss_of()
     held = _resident("VmRSS") - before
     loss.backward()
     return held, _resident("VmHWM") - before
+
+
+def _give_back() -> None:
+    """Return freed memory to the system: reused, it would not be counted."""
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def _loss(net: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], Tensor]:

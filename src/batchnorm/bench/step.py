@@ -117,7 +117,7 @@ def _prepare(batch: int, side: int, compiled: bool) -> list[str]:
     def ours(net: nn.Module, example: Tensor, save_memory: bool = False) -> nn.Module:
         return accelerate(net, example, save_memory=save_memory, keep_memory=False)[0]
 
-    forms: dict[str, tuple[nn.Module, Tensor]] = {
+    forms: dict[str, tuple[Any, Tensor]] = {
         "eager": (plain, images),
         "eager, in-place ReLU": (best, images),
         "eager, channels last, in-place ReLU": (last, images_last),

@@ -48,6 +48,18 @@ def refuses(
     return missing()
 
 
+def yields(x: Tensor, residual: Tensor | None) -> str:
+    """Why PyTorch's own kernel is the better choice although these could run; empty if it is not."""
+    # Runs of less than two cache lines, in thousands of channels: nothing is read ahead.
+    short = x.dim() > 2 and x.dtype == torch.bfloat16 and residual is not None
+    if short and x.numel() >= _MANY and x.shape[2:].numel() < _SHORT_RUN and x.is_contiguous():
+        return f"bfloat16 with a residual in short runs, shape {tuple(x.shape)}, is faster there"
+    return ""
+
+
+_MANY, _SHORT_RUN = 2**21, 64
+
+
 def forward(
     x: Tensor,
     gamma: Tensor | None,

@@ -74,6 +74,8 @@ def choose(
         return KERNELS[asked]
     fast = KERNELS["cpu" if x.is_cpu else "gpu"]
     reason = fast.refuses(x, gamma, beta, residual, mask, activation)
+    if not reason and fast is cpu and mask is None:
+        reason = cpu.yields(x, residual)
     if not reason:
         return fast
     if x.device.type in ("cpu", "cuda"):
