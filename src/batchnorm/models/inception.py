@@ -1,10 +1,16 @@
-"""The Inception network of section 4.2, with a batch-normalized convolution wherever the paper has one."""
+"""The Inception network of section 4.2, as the paper's table has it, and at the scale of 32×32 images."""
 
+import math
 from collections import OrderedDict
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from batchnorm.layers import BatchNormPerActivation
+from batchnorm.models.heads import AuxiliaryHead, WithHeads
 
 
 class Module(NamedTuple):
@@ -34,6 +40,16 @@ TABLE = {
     "5a": Module(352, 192, 320, 160, 224, "avg", 128),
     "5b": Module(352, 192, 320, 192, 224, "max", 128),
 }
+LAST = "5b"
+HEADS_AFTER = ("4d", "4a")
+"""Where GoogLeNet has its auxiliary heads; with one alone it is the upper."""
+DEPTH_MULTIPLIER = 8
+"""Of the separable first convolution."""
+HEAD_CHANNELS, HEAD_UNITS = 128, 768
+
+Nonlinearity = Literal["relu", "sigmoid"]
+Stem = Literal["imagenet", "cifar"]
+NONLINEARITIES: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid}
 
 
 class Branches(nn.Module):
@@ -49,58 +65,208 @@ class Branches(nn.Module):
         return torch.cat([branch(x) for branch in self.children()], 1)
 
 
-def unit(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
-    """Convolution, normalization, ReLU: as torch.nn has them, for other tools to work on."""
-    return nn.Sequential(
-        OrderedDict(
-            conv=nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False),
-            bn=nn.BatchNorm2d(outputs),
-            relu=nn.ReLU(),
-        )
-    )
+def inception(
+    classes: int = 1000,
+    *,
+    normalize: bool = True,
+    activation: Nonlinearity = "relu",
+    stem: Stem = "imagenet",
+    image_size: int | None = None,
+    width: float = 1.0,
+    projection: int = 96,
+    separable: bool = False,
+    heads: int = 0,
+    response_norm: bool = False,
+    dropout: float = 0.0,
+    per_activation: bool = False,
+    init_scale: float = 1.0,
+    seed: int | None = None,
+) -> nn.Module:
+    """The Inception of the paper's ImageNet experiments, up to the logits, of `torch.nn` layers.
 
-
-def inception(classes: int = 1000) -> nn.Sequential:
-    """The batch-normalized Inception for 224×224 images, up to the logits.
-
-    The first convolution is a full one. Built of `torch.nn` layers alone.
+    Convolutions are initialized as He et al. (2015) have it, Gaussian with variance 2 / fan-in,
+    the linear layers with variance 1 / fan-in; biases are zero. The paper does not say.
 
     Args:
         classes: Outputs.
+        normalize: BN directly before each nonlinearity, in place of the convolution's bias.
+        activation: The nonlinearity.
+        stem: ``imagenet`` takes 224×224 images to the first module's 28×28 by a 7×7 convolution of stride 2
+            and two pools of stride 2. ``cifar`` takes 32×32 to 16×16 by a 3×3 convolution of stride 1 and one
+            pool. All that follows is the same.
+        image_size: Pixels on a side; by default 224 or 32, by the stem. Only heads and per-activation
+            normalization depend on it.
+        width: Multiplies every number of channels but the classes; 1 is the paper's network.
+        projection: Channels of the pool projections of 4c and 4d: 96, or 128 as printed.
+        separable: First convolution depthwise, 8 outputs for each colour, followed by a pointwise one; else full.
+        heads: Auxiliary classifiers, 0 to 2, as GoogLeNet has them after 4a and 4d. One alone is after 4d. In
+            training mode the network then returns a tuple: logits, then those of the heads from the top down.
+        response_norm: Local response normalization after the first pool and the second convolution.
+        dropout: Share of the features dropped before the softmax.
+        per_activation: In the last module, γ, β and statistics for every activation (section 3.2).
+        init_scale: Multiplies the initial weights of the convolutions.
+        seed: Of a generator of the network's own; None draws from torch's global one.
 
     Returns:
-        A network for input (N, 3, 224, 224), in training mode, with torch's initial weights.
+        A network for input (N, 3, image_size, image_size), float32 on the CPU, in training mode.
 
-    Source: Ioffe & Szegedy (2015), section 4.2 and figure 5.
+    Raises:
+        ValueError: An argument out of its range, or two that exclude each other.
+
+    Source: Ioffe & Szegedy (2015), section 4.2 and figure 5; Szegedy et al. (2014) for heads and LRN.
     """
-    layers: OrderedDict[str, nn.Module] = OrderedDict(
-        conv1=unit(3, 64, 7, 2),
-        pool1=nn.MaxPool2d(3, 2, ceil_mode=True),
-        conv2_reduce=unit(64, 64, 1),
-        conv2=unit(64, 192, 3),
-        pool2=nn.MaxPool2d(3, 2, ceil_mode=True),
-    )
-    channels = 192
+    size = image_size or {"imagenet": 224, "cifar": 32}[stem]
+    _check(classes, size, width, projection, heads, dropout, init_scale)
+    if per_activation and not normalize:
+        raise ValueError("per_activation says how to normalize, so it needs normalize=True.")
+    build = _Builder(normalize, activation, width, size)
+    small = stem == "cifar"
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    layers["conv1"] = build.unit(3, 64, 3 if small else 7, 1 if small else 2, separable=separable)
+    layers["pool1"] = build.pool()
+    if response_norm:
+        layers["norm1"] = _response_norm()
+    layers["conv2_reduce"] = build.unit(build.scaled(64), 64, 1)
+    layers["conv2"] = build.unit(build.scaled(64), 192, 3)
+    if response_norm:
+        layers["norm2"] = _response_norm()
+    if not small:
+        layers["pool2"] = build.pool()
+    channels, wanted = build.scaled(192), HEADS_AFTER[:heads]
+    classifiers: OrderedDict[str, nn.Module] = OrderedDict()
     for name, row in TABLE.items():
-        layers[f"inception{name}"], channels = _module(channels, row)
-    layers |= {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), "head": nn.Linear(channels, classes)}
-    return nn.Sequential(layers)
+        if name in ("4c", "4d"):
+            row = row._replace(projection=projection)
+        build.per_activation = per_activation and name == LAST
+        layers[f"inception{name}"], channels = _module(build, channels, row)
+        if name in wanted:
+            build.per_activation = False
+            classifiers[f"inception{name}"] = _head(build, channels, classes)
+    layers |= {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()}
+    if dropout:
+        layers["dropout"] = nn.Dropout(dropout)
+    layers["head"] = nn.Linear(channels, classes)
+    network = WithHeads(layers, classifiers) if heads else nn.Sequential(layers)
+    _initialize(network, init_scale, seed)
+    return network
 
 
-def _module(inputs: int, row: Module) -> tuple[Branches, int]:
+@dataclass
+class _Builder:
+    """What is the same in all units, and the pixels on a side where the next one stands."""
+
+    normalize: bool
+    activation: str
+    width: float
+    side: int
+    per_activation: bool = False
+
+    def scaled(self, channels: int) -> int:
+        return max(1, round(channels * self.width))
+
+    def unit(
+        self, inputs: int, outputs: int, kernel: int, stride: int = 1, *, separable: bool = False
+    ) -> nn.Sequential:
+        """Convolution, normalization, nonlinearity: ``outputs`` before scaling, ``inputs`` as they are."""
+        outputs = self.scaled(outputs)
+        self.side = math.ceil(self.side / stride)
+        bias, padding = not self.normalize, kernel // 2
+        parts: OrderedDict[str, nn.Module] = OrderedDict()
+        if separable:
+            between = DEPTH_MULTIPLIER * inputs
+            parts["depthwise"] = nn.Conv2d(
+                inputs, between, kernel, stride, padding, groups=inputs, bias=False
+            )
+            parts["conv"] = nn.Conv2d(between, outputs, 1, bias=bias)
+        else:
+            parts["conv"] = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=bias)
+        if self.normalize:
+            parts["bn"] = (
+                BatchNormPerActivation((outputs, self.side, self.side))
+                if self.per_activation
+                else nn.BatchNorm2d(outputs)
+            )
+        parts[self.activation] = NONLINEARITIES[self.activation]()
+        return nn.Sequential(parts)
+
+    def pool(self) -> nn.MaxPool2d:
+        self.side = math.ceil((self.side - 3) / 2) + 1 if self.side > 3 else 1
+        return nn.MaxPool2d(3, 2, ceil_mode=True)
+
+
+def _module(build: _Builder, inputs: int, row: Module) -> tuple[Branches, int]:
     branches: OrderedDict[str, nn.Module] = OrderedDict()
     if row.one:
-        branches["one_by_one"] = unit(inputs, row.one, 1)
+        branches["one_by_one"] = build.unit(inputs, row.one, 1)
+    side = build.side
     branches["three_by_three"] = nn.Sequential(
-        unit(inputs, row.three_reduce, 1), unit(row.three_reduce, row.three, 3, row.stride)
+        build.unit(inputs, row.three_reduce, 1),
+        build.unit(build.scaled(row.three_reduce), row.three, 3, row.stride),
     )
+    build.side = side
     branches["two_three_by_three"] = nn.Sequential(
-        unit(inputs, row.double_reduce, 1),
-        unit(row.double_reduce, row.double, 3),
-        unit(row.double, row.double, 3, row.stride),
+        build.unit(inputs, row.double_reduce, 1),
+        build.unit(build.scaled(row.double_reduce), row.double, 3),
+        build.unit(build.scaled(row.double), row.double, 3, row.stride),
     )
     kind = nn.MaxPool2d if row.pool == "max" else nn.AvgPool2d
     pool = kind(3, row.stride, 1)
-    branches["pooled"] = nn.Sequential(pool, unit(inputs, row.projection, 1)) if row.projection else pool
-    passed = row.projection or inputs
-    return Branches(branches), row.one + row.three + row.double + passed
+    branches["pooled"] = nn.Sequential(pool, build.unit(inputs, row.projection, 1)) if row.projection else pool
+    passed = build.scaled(row.projection) if row.projection else inputs
+    return Branches(branches), sum(map(build.scaled, filter(None, (row.one, row.three, row.double)))) + passed
+
+
+def _head(build: _Builder, inputs: int, classes: int) -> AuxiliaryHead:
+    side = (build.side - 5) // 3 + 1
+    if side < 1:
+        raise ValueError(
+            f"auxiliary heads pool 5×5 of at least 5×5 locations, and here are {build.side}×{build.side}: "
+            "give larger images, or heads=0."
+        )
+    before = build.side
+    reduce = build.unit(inputs, HEAD_CHANNELS, 1)
+    build.side = before
+    return AuxiliaryHead(
+        reduce,
+        build.scaled(HEAD_CHANNELS) * side**2,
+        build.scaled(HEAD_UNITS),
+        classes,
+        normalize=build.normalize,
+        nonlinearity=NONLINEARITIES[build.activation],
+    )
+
+
+def _response_norm() -> nn.LocalResponseNorm:
+    # The constants of Krizhevsky et al. (2012), section 3.3, as Caffe's GoogLeNet has them.
+    return nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=1.0)
+
+
+def _initialize(network: nn.Module, init_scale: float, seed: int | None) -> None:
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            if layer.weight.is_meta:
+                continue
+            convolution = isinstance(layer, nn.Conv2d)
+            gain = math.sqrt(2) * init_scale if convolution else 1.0
+            fan_in = layer.weight[0].numel()
+            nn.init.normal_(layer.weight, std=gain / math.sqrt(fan_in), generator=generator)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def _check(
+    classes: int, size: int, width: float, projection: int, heads: int, dropout: float, init_scale: float
+) -> None:
+    needed = {
+        "classes must be 1 or more": (classes >= 1, classes),
+        "image_size must be 8 or more pixels": (size >= 8, size),
+        "width must be above 0": (0 < width < math.inf, width),
+        "projection must be 96, or 128 as printed in the paper": (projection in (96, 128), projection),
+        "heads must be 0, 1 or 2": (heads in (0, 1, 2), heads),
+        "dropout must be at least 0 and below 1": (0 <= dropout < 1, dropout),
+        "init_scale must be above 0": (0 < init_scale < math.inf, init_scale),
+    }
+    for what, (holds, value) in needed.items():
+        if not holds:
+            raise ValueError(f"inception: {what}, got {value}.")
