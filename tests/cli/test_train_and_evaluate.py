@@ -9,7 +9,7 @@ from dataclasses import fields
 import pytest
 
 from batchnorm.cli import main
-from batchnorm.train import Recipe
+from batchnorm.train import MLPRecipe
 from batchnorm.train.run import read_run
 
 QUICK = ["--steps", "30", "--hidden", "10", "10", "--eval-every", "30", "--no-progress", "--no-tensorboard"]
@@ -114,9 +114,9 @@ def test_help_teaches_every_field(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["train", "bn-mlp", "--help"])
     shown = capsys.readouterr().out
-    for field in fields(Recipe):
+    for field in fields(MLPRecipe):
         assert f"--{field.name.replace('_', '-')}" in shown
-    assert "Step size, the same throughout" in shown
+    assert "Step size at the start" in shown
     with pytest.raises(SystemExit, match="0"):
         main(["train", "--help"])
     shown = capsys.readouterr().out

@@ -9,10 +9,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 from batchnorm.data import ImageData, to_input
-from batchnorm.train import bn_mlp, evaluate, evaluate_runs, mlp, train
+from batchnorm.train import bn_mlp, evaluate_runs, mlp, predictions, train
 from batchnorm.train.build import build_model
-from batchnorm.train.evaluate import log_probabilities, score, with_population_statistics
+from batchnorm.train.evaluate import score
+from batchnorm.train.feed import MemoryFeed
 from batchnorm.train.metrics import read_metrics
+from batchnorm.train.predictions import log_probabilities
+from batchnorm.train.statistics import with_population_statistics
+
+CPU = torch.device("cpu")
 
 
 @settings(deadline=None, max_examples=30)
@@ -41,7 +46,7 @@ def test_loss_of_a_hopeless_network_is_not_capped():
         def forward(self, x):
             return torch.tensor([0.0, 1e30]).expand(len(x), 2)
 
-    predictions = log_probabilities(Far().eval(), torch.zeros(3, 2, 2, dtype=torch.uint8), binarize=True)
+    predictions = log_probabilities(Far().eval(), [[torch.zeros(2, 2, 2)], [torch.zeros(1, 2, 2)]])
     assert score(predictions, np.zeros(3, np.int64)).loss == pytest.approx(1e30, rel=1e-6)
 
 
@@ -78,7 +83,7 @@ def from_disk(noise, monkeypatch):
         asked.append((name, data_dir, size))
         return noise
 
-    monkeypatch.setattr(evaluate, "load", load)
+    monkeypatch.setattr(predictions, "load", load)
     return asked
 
 
@@ -86,7 +91,7 @@ def test_population_statistics_are_of_the_whole_set_on_a_copy(noise):
     model = build_model(RECIPE, (6, 6), 3)
     before = copy.deepcopy(model.state_dict())
     images = torch.from_numpy(noise.train_images)
-    twin = with_population_statistics(model, images, RECIPE)
+    twin = with_population_statistics(model, MemoryFeed(RECIPE, noise, CPU).statistics)
     assert model.training
     assert all(before[name].equal(value) for name, value in model.state_dict().items())
     outputs = to_input(images, binarize=True).flatten(1).double() @ model.linear1.weight.double().T
@@ -94,9 +99,8 @@ def test_population_statistics_are_of_the_whole_set_on_a_copy(noise):
     torch.testing.assert_close(first.running_mean.double(), outputs.mean(0), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(first.running_var.double(), outputs.var(0), rtol=1e-5, atol=1e-6)
     # Fewer examples: a fixed choice, other statistics.
-    few = [
-        with_population_statistics(model, images, replace(RECIPE, recalibrate_examples=50)) for _ in range(2)
-    ]
+    fewer = MemoryFeed(replace(RECIPE, recalibrate_examples=50), noise, CPU)
+    few = [with_population_statistics(model, fewer.statistics) for _ in range(2)]
     means = [next(m for m in t.modules() if isinstance(m, nn.BatchNorm1d)).running_mean for t in (*few, twin)]
     assert means[0].equal(means[1])
     assert not torch.allclose(means[0], means[2])
@@ -104,7 +108,7 @@ def test_population_statistics_are_of_the_whole_set_on_a_copy(noise):
 
 def test_network_without_bn_needs_no_statistics(noise):
     model = build_model(replace(RECIPE, normalize=False), (6, 6), 3)
-    twin = with_population_statistics(model, torch.from_numpy(noise.train_images), RECIPE)
+    twin = with_population_statistics(model, MemoryFeed(RECIPE, noise, CPU).statistics)
     assert not twin.training
     assert all(p.equal(q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
 

@@ -21,6 +21,7 @@ Side-by-side figures on this machine: medians over rounds in which all contender
   kernels   BN + addition + ReLU, forward and backward, layer by layer
   step      a whole training step of BN-Inception
   memory    what a training step holds in memory
+  loader    images a second from JPEG files, on one core
 
 Results are added to benchmarks/results/, with the machine's description.
 """
@@ -88,7 +89,25 @@ class Memory(Common):
     """Memory format."""
 
 
-KINDS: dict[str, type[Common]] = {"kernels": Kernels, "step": Step, "memory": Memory}
+@dataclass(frozen=True, kw_only=True)
+class Loader(Common):
+    """Random crops of JPEG files on one core: training's own loader beside a plain PyTorch data set."""
+
+    data: Path
+    """Folder of images: CLASS/IMAGE or train/CLASS/IMAGE. Photographs: nothing else is like them."""
+    size: int = 224
+    """Side of the crops, pixels."""
+    batch: int = 32
+    """Images."""
+    images: int = 320
+    """Of a sample."""
+    rounds: int = 9
+    """Samples of each contender."""
+    threads: int = 1
+    """PyTorch's threads; decoding has one."""
+
+
+KINDS: dict[str, type[Common]] = {"kernels": Kernels, "step": Step, "memory": Memory, "loader": Loader}
 
 
 def run(argv: list[str]) -> None:
@@ -167,10 +186,31 @@ def _memory(options: Any, path: Path, console: Console) -> None:
         console.print(table)
 
 
+def _loader(options: Any, path: Path, console: Console) -> None:
+    with process("default", options.threads) as fresh:
+        found = fresh.submit(_measure_loader, options).result()
+    append(path, "loader", found, threads=options.threads)
+    for table in TABLES["loader"](found):
+        console.print(table)
+
+
+def _measure_loader(options: Loader) -> dict[str, Any]:
+    from batchnorm.bench import loader
+
+    return loader.measure(
+        options.data,
+        size=options.size,
+        batch=options.batch,
+        num_images=options.images,
+        rounds=options.rounds,
+    )
+
+
 MEASURES: dict[str, Callable[[Any, Path, Console], None]] = {
     "kernels": _kernels,
     "step": _step,
     "memory": _memory,
+    "loader": _loader,
 }
 
 
@@ -217,8 +257,20 @@ def _memory_tables(found: Mapping[str, Any]) -> list[Table]:
     return [table]
 
 
+def _loader_tables(found: Mapping[str, Any]) -> list[Table]:
+    rates = Table("loader", "images/s", title=f"{found['images']}: one core")
+    for name, (median, low, high) in found["images_per_s"].items():
+        rates.add_row(name, f"{median:.0f} ({low:.0f}–{high:.0f})")
+    ratios = Table("", "", title="Speed-up", show_header=False)
+    for name, ratio in found["ratios"].items():
+        ratios.add_row(name, f"{ratio:.2f}")
+    ratios.caption = f"medians; in brackets above: quartiles; pixels differ by {found['difference_levels']:.2f} of 255 levels"
+    return [rates, ratios]
+
+
 TABLES: dict[str, Callable[[Any], list[Table]]] = {
     "kernels": _kernel_tables,
     "step": _step_tables,
     "memory": _memory_tables,
+    "loader": _loader_tables,
 }

@@ -16,6 +16,10 @@ COMMANDS = {
         "batchnorm.cli.evaluate",
         "top-1 and top-5 accuracy of one run, or of several as an ensemble",
     ),
+    "shards": (
+        "batchnorm.cli.shards",
+        "pack a folder of images into tar files, verified; goes on if stopped",
+    ),
     "bench": ("batchnorm.cli.bench", "speed and memory beside PyTorch's own, and the machine's limit"),
     "reproduce": ("batchnorm.cli.reproduce", "the paper's claims as experiments, ours beside its figures"),
 }
@@ -24,7 +28,6 @@ and is imported only when its command is called, so that `--help` does not wait 
 
 TRAIN_EXTRA = {
     "jinja2",
-    "kornia",
     "matplotlib",
     "PIL",
     "plotly",

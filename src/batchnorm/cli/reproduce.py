@@ -8,6 +8,10 @@ CLAIMS = {
         "batchnorm.cli.claims.activations",
         "section 4.1, figure 1: accuracy and activations over training, with and without BN",
     ),
+    "speedup": (
+        "batchnorm.cli.claims.speedup",
+        "section 4.2, figures 2 and 3: how many fewer steps a batch-normalized Inception needs",
+    ),
 }
 """Claim to the module that shows it and a line about it; imported only when its claim is called."""
 
@@ -22,6 +26,7 @@ EXAMPLES = """\
 examples:
   batchnorm reproduce activations --steps 5000 --seeds 2
   batchnorm reproduce activations --data mnist --out results/activations
+  batchnorm reproduce speedup --time 0.05 --seeds 1
   batchnorm reproduce activations --help
 """
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from batchnorm.data.cifar import CLASSES as CIFAR10_CLASSES
+from batchnorm.data.cifar import read_cifar10
 from batchnorm.data.fetch import fetch, md5_of
 from batchnorm.data.idx import read_idx
 
@@ -21,11 +23,11 @@ class ImageData:
     name: str
     """The source's name."""
     train_images: np.ndarray
-    """uint8, shape (N, H, W), 0 is black and 255 white."""
+    """uint8, shape (N, H, W), 0 is black and 255 white; in colour (N, 3, H, W), red, green and blue."""
     train_labels: np.ndarray
     """int64, shape (N,), from 0 to `len(classes) - 1`."""
     test_images: np.ndarray
-    """uint8, shape (M, H, W)."""
+    """uint8, shape (M, H, W) or (M, 3, H, W)."""
     test_labels: np.ndarray
     """int64, shape (M,)."""
     classes: tuple[str, ...]
@@ -34,9 +36,10 @@ class ImageData:
     def __post_init__(self) -> None:
         for part in ("train", "test"):
             images, labels = getattr(self, f"{part}_images"), getattr(self, f"{part}_labels")
-            if images.dtype != np.uint8 or images.ndim != 3 or images.size == 0:
+            colours = images.shape[1] if images.ndim == 4 else 3
+            if images.dtype != np.uint8 or images.ndim not in (3, 4) or colours != 3 or images.size == 0:
                 raise ValueError(
-                    f"{self.name}: {part} images must be uint8 of shape (N, H, W) and not empty, "
+                    f"{self.name}: {part} images must be uint8 of shape (N, H, W) or (N, 3, H, W) and not empty, "
                     f"got {images.dtype} of shape {images.shape}."
                 )
             if labels.dtype != np.int64 or labels.shape != images.shape[:1]:
@@ -56,10 +59,9 @@ class ImageData:
             )
 
     @property
-    def image_shape(self) -> tuple[int, int]:
-        """Height and width in pixels."""
-        _, height, width = self.train_images.shape
-        return height, width
+    def image_shape(self) -> tuple[int, ...]:
+        """Of one image: (H, W) in grey, (3, H, W) in colour."""
+        return self.train_images.shape[1:]
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ IDX_SOURCES = {
     ),
 }
 
-SOURCES = ("digits", *IDX_SOURCES)
+SOURCES = ("digits", *IDX_SOURCES, "cifar10")
 """Names that `load` knows."""
 
 
@@ -156,11 +158,12 @@ def load(
     """
     if source == "digits":
         return _load_digits(28 if size is None else size)
-    if source not in IDX_SOURCES:
+    if source not in SOURCES:
         raise ValueError(f"Unknown data source {source!r}; known are {', '.join(SOURCES)}.")
-    data = _load_idx(source, _folder(data_dir), download=download, progress=progress)
-    if size not in (None, data.image_shape[0]):
-        raise ValueError(f"{source} images come in {data.image_shape[0]} pixels only, not in {size}.")
+    of = _load_cifar10 if source == "cifar10" else _load_idx
+    data = of(source, _folder(data_dir), download=download, progress=progress)
+    if size not in (None, data.image_shape[-1]):
+        raise ValueError(f"{source} images come in {data.image_shape[-1]} pixels only, not in {size}.")
     return data
 
 
@@ -181,6 +184,12 @@ def _folder(data_dir: str | Path | None) -> Path:
             'The download cache needs pooch: pip install "batchnorm[train]" (or give data_dir).'
         ) from error
     return Path(pooch.os_cache("batchnorm"))
+
+
+def _load_cifar10(name: str, folder: Path, *, download: bool, progress: bool) -> ImageData:
+    folders = [folder / name, folder]
+    arrays = read_cifar10(folders, folder / name, download=download, progress=progress)
+    return ImageData(name, *arrays, classes=CIFAR10_CLASSES)
 
 
 def _load_idx(name: str, folder: Path, *, download: bool, progress: bool) -> ImageData:

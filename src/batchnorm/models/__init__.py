@@ -1,5 +1,6 @@
 """Networks of the paper."""
 
+from batchnorm.models.inception import inception
 from batchnorm.models.mlp import mlp
 
-__all__ = ["mlp"]
+__all__ = ["inception", "mlp"]

@@ -92,8 +92,8 @@ def inception(
         normalize: BN directly before each nonlinearity, in place of the convolution's bias.
         activation: The nonlinearity.
         stem: ``imagenet`` takes 224×224 images to the first module's 28×28 by a 7×7 convolution of stride 2
-            and two pools of stride 2. ``cifar`` takes 32×32 to 16×16 by a 3×3 convolution of stride 1 and one
-            pool. All that follows is the same.
+            and two pools of stride 2. ``cifar`` takes 32×32 to 8×8: its first convolution is 3×3 of
+            stride 1, and all that follows is the same.
         image_size: Pixels on a side; by default 224 or 32, by the stem. Only heads and per-activation
             normalization depend on it.
         width: Multiplies every number of channels but the classes; 1 is the paper's network.
@@ -130,8 +130,7 @@ def inception(
     layers["conv2"] = build.unit(build.scaled(64), 192, 3)
     if response_norm:
         layers["norm2"] = _response_norm()
-    if not small:
-        layers["pool2"] = build.pool()
+    layers["pool2"] = build.pool()
     channels, wanted = build.scaled(192), HEADS_AFTER[:heads]
     classifiers: OrderedDict[str, nn.Module] = OrderedDict()
     for name, row in TABLE.items():
@@ -211,7 +210,9 @@ def _module(build: _Builder, inputs: int, row: Module) -> tuple[Branches, int]:
     )
     kind = nn.MaxPool2d if row.pool == "max" else nn.AvgPool2d
     pool = kind(3, row.stride, 1)
-    branches["pooled"] = nn.Sequential(pool, build.unit(inputs, row.projection, 1)) if row.projection else pool
+    branches["pooled"] = (
+        nn.Sequential(pool, build.unit(inputs, row.projection, 1)) if row.projection else pool
+    )
     passed = build.scaled(row.projection) if row.projection else inputs
     return Branches(branches), sum(map(build.scaled, filter(None, (row.one, row.three, row.double)))) + passed
 
@@ -231,7 +232,6 @@ def _head(build: _Builder, inputs: int, classes: int) -> AuxiliaryHead:
         build.scaled(HEAD_CHANNELS) * side**2,
         build.scaled(HEAD_UNITS),
         classes,
-        normalize=build.normalize,
         nonlinearity=NONLINEARITIES[build.activation],
     )
 

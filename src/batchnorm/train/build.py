@@ -6,27 +6,35 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from batchnorm.models import mlp
-from batchnorm.surgery import insert
-from batchnorm.train.recipe import Recipe
+from batchnorm.models import inception, mlp
+from batchnorm.surgery import accelerate, insert
+from batchnorm.train.recipe import InceptionRecipe, MLPRecipe, Recipe
 
 
-def build_model(recipe: Recipe, image_shape: tuple[int, int], num_classes: int) -> nn.Module:
+def build_model(recipe: Recipe, image_shape: tuple[int, ...], num_classes: int) -> nn.Module:
     """The recipe's network with its initial weights, in training mode on the CPU.
 
     Networks with and without `normalize` begin with the same weights.
 
     Args:
         recipe: What to build.
-        image_shape: Height and width of an input in pixels; the input has shape (N, H, W).
+        image_shape: Of one image, (H, W) or (3, H, W); the network's input has shape (N, *image_shape).
         num_classes: Outputs.
 
     Raises:
-        ValueError: Batch Normalization was asked for and some nonlinearity could not get it.
+        ValueError: Recipe and images do not fit, or Batch Normalization was asked for and some
+            nonlinearity could not get it.
     """
-    height, width = image_shape
+    if isinstance(recipe, InceptionRecipe):
+        return _inception(recipe, image_shape, num_classes)
+    assert isinstance(recipe, MLPRecipe)
+    if len(image_shape) != 2:
+        raise ValueError(
+            f"the recipe's network, {recipe.model}, takes grey images of shape (H, W), and these have shape "
+            f"{tuple(image_shape)}: use a recipe of the inception kind, such as bn-x5 with --scale cifar10."
+        )
     model: nn.Module = mlp(
-        height * width,
+        image_shape[0] * image_shape[1],
         recipe.hidden,
         num_classes,
         activation=recipe.activation,
@@ -35,10 +43,43 @@ def build_model(recipe: Recipe, image_shape: tuple[int, int], num_classes: int) 
     )
     if not recipe.normalize:
         return model
-    model, report = insert(model, torch.zeros(2, height, width))
+    model, report = insert(model, torch.zeros(2, *image_shape))
     if report.refusals:
         raise ValueError(f"normalize: not every nonlinearity of {recipe.model} can be normalized.\n{report}")
     return model.train()
+
+
+def _inception(recipe: InceptionRecipe, image_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    size = recipe.image_size
+    if tuple(image_shape) != (3, size, size):
+        raise ValueError(
+            f"the recipe's network takes images of shape (3, {size}, {size}), and these have shape "
+            f"{tuple(image_shape)}: use --scale cifar10 for 32×32 colour images, or set image_size."
+        )
+    model = network(recipe, num_classes)
+    # By decree, not by measurement, so that a run that is taken up computes with the same bits.
+    model, _ = accelerate(model, torch.zeros(2, 3, size, size), channels_last=True, keep_memory=False)
+    return model
+
+
+def network(recipe: InceptionRecipe, num_classes: int) -> nn.Module:
+    """The recipe's network of plain `torch.nn` layers, as `batchnorm.models.inception` builds it."""
+    return inception(
+        num_classes,
+        normalize=recipe.normalize,
+        activation=recipe.activation,
+        stem=recipe.stem,
+        image_size=recipe.image_size,
+        width=recipe.width,
+        projection=recipe.projection,
+        separable=recipe.separable,
+        heads=recipe.heads,
+        response_norm=recipe.response_norm,
+        dropout=recipe.dropout,
+        per_activation=recipe.per_activation,
+        init_scale=recipe.init_scale,
+        seed=recipe.seed,
+    )
 
 
 def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:

@@ -1,24 +1,15 @@
 """How well a network does on images it was not trained on, with population statistics."""
 
-import copy
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.data import ImageData, epoch_order, load, to_input
-from batchnorm.statistics import recalibrate
-from batchnorm.train.build import build_model, process_settings, resolve_device
-from batchnorm.train.recipe import Recipe
-from batchnorm.train.run import data_facts, load_model, read_run
-
-BATCH = 1000
-"""Examples evaluated at once; with fixed statistics this has no influence on the result."""
+from batchnorm.train.feed import Crops
+from batchnorm.train.predictions import mean_log_probabilities, run_predictions
 
 
 @dataclass(frozen=True)
@@ -43,43 +34,8 @@ class RunScores:
     """The run's folder, or what the ensemble consists of."""
     scores: Scores
     """Its result."""
-
-
-def with_population_statistics(model: nn.Module, images: Tensor, recipe: Recipe) -> nn.Module:
-    """A copy in evaluation mode whose BN layers hold the statistics of the training set.
-
-    Training goes on with the original, which is not touched.
-
-    Args:
-        model: The network.
-        images: All training images, uint8 of shape (N, H, W), on the model's device.
-        recipe: Says how many of them to use (a fixed choice by its seed) and whether to binarize.
-
-    Source: Ioffe & Szegedy (2015), Algorithm 2, lines 8 to 10; exact moments in place of averages.
-    """
-    twin = copy.deepcopy(model).eval()
-    if any(isinstance(module, _BatchNorm) for module in twin.modules()):
-        num_examples = min(recipe.recalibrate_examples or len(images), len(images))
-        chosen = epoch_order(0, len(images), recipe.seed)[:num_examples].to(images.device)
-        batches = [to_input(images[part], binarize=recipe.binarize) for part in chosen.split(BATCH)]
-        recalibrate(twin, batches)
-    return twin
-
-
-@torch.no_grad()
-def log_probabilities(model: nn.Module, images: Tensor, *, binarize: bool) -> Tensor:
-    """Logarithm of the class probabilities: log-softmax of the model's logits.
-
-    Args:
-        model: In evaluation mode.
-        images: uint8, shape (N, H, W), on the model's device.
-        binarize: As in training.
-
-    Returns:
-        float64, shape (N, classes), on the CPU.
-    """
-    logits = [model(to_input(part, binarize=binarize)).double().cpu() for part in images.split(BATCH)]
-    return torch.cat(logits).log_softmax(dim=1)
+    per_class: dict[str, float] = field(default_factory=dict)
+    """Top-1 accuracy of each class by its name, 0 to 1; empty unless asked for."""
 
 
 def score(log_probabilities: Tensor, labels: np.ndarray) -> Scores:
@@ -98,55 +54,59 @@ def score(log_probabilities: Tensor, labels: np.ndarray) -> Scores:
 
 
 def evaluate_runs(
-    runs: Sequence[str | Path], *, data_dir: str | Path | None = None, checkpoint: str | None = None
+    runs: Sequence[str | Path],
+    *,
+    data_dir: str | Path | None = None,
+    checkpoint: str | None = None,
+    crops: Crops = 1,
+    per_class: bool = False,
 ) -> list[RunScores]:
     """Test-set scores of each run, and of all together when there are several.
 
-    An ensemble predicts by the arithmetic mean of its members' class probabilities.
+    An ensemble predicts by the arithmetic mean of its members' class probabilities, and so does a
+    run of its crops'. Predictions are kept in the runs' folders and read from there the next time.
 
     Args:
         runs: Run folders.
         data_dir: Where the data of their recipes are looked for, as in `batchnorm.data.load`.
         checkpoint: `newest`, `best` or a step evaluates that checkpoint, with population statistics
             computed afresh; None the finished run's model.
+        crops: Views of each image: 1, 10 or 144.
+        per_class: Whether to tell the accuracy of each class, too.
 
     Raises:
         FileNotFoundError: A folder is no run, is not finished, or has no such checkpoint.
-        ValueError: A file of the run is damaged, or the data are not those that it was trained on.
+        ValueError: A file of the run is damaged, the data are not those that it was trained on, or its
+            network cannot see crops.
 
-    Source: Ioffe & Szegedy (2015), section 4.2.3, for the ensemble.
+    Source: Ioffe & Szegedy (2015), section 4.2.3.
     """
     if not runs:
         raise ValueError("Nothing to evaluate: give at least one run folder.")
-    results, members, labels = [], [], None
+    results: list[RunScores] = []
+    members: list[Tensor] = []
+    labels: np.ndarray | None = None
+    classes: tuple[str, ...] = ()
+
+    def add(name: str, predictions: Tensor, labels: np.ndarray) -> None:
+        of_each = class_accuracy(predictions, labels, classes) if per_class else {}
+        results.append(RunScores(name, score(predictions, labels), of_each))
+
     for folder in map(Path, runs):
-        predictions, data = _run_predictions(folder, data_dir, checkpoint)
+        predictions, data = run_predictions(folder, data_dir=data_dir, checkpoint=checkpoint, crops=crops)
         if labels is not None and not np.array_equal(labels, data.test_labels):
             raise ValueError(
                 f"{folder} was trained on other data ({data.name}) than {runs[0]}: no ensemble of both."
             )
-        labels = data.test_labels
+        labels, classes = data.test_labels, data.classes
         members.append(predictions)
-        results.append(RunScores(str(folder), score(predictions, labels)))
-    if len(members) > 1:
-        mean = torch.stack(members).logsumexp(dim=0) - math.log(len(members))
-        results.append(RunScores(f"ensemble of {len(members)}", score(mean, data.test_labels)))
+        add(str(folder), predictions, labels)
+    if len(members) > 1 and labels is not None:
+        add(f"ensemble of {len(members)}", mean_log_probabilities(torch.stack(members)), labels)
     return results
 
 
-def _run_predictions(
-    folder: Path, data_dir: str | Path | None, checkpoint: str | None
-) -> tuple[Tensor, ImageData]:
-    recipe, facts = read_run(folder)
-    data = load(facts["name"], data_dir, size=facts["image_shape"][0])
-    if (found := data_facts(data)) != facts:
-        raise ValueError(f"{folder} was trained on other data: {facts}, and {data.name} is now {found}.")
-    device = resolve_device(recipe.device)
-    with process_settings(recipe, device):
-        model = build_model(recipe, data.image_shape, len(data.classes))
-        load_model(folder, model, checkpoint)
-        model.to(device).eval()
-        if checkpoint is not None:
-            model = with_population_statistics(model, torch.from_numpy(data.train_images).to(device), recipe)
-        images = torch.from_numpy(data.test_images).to(device)
-        return log_probabilities(model, images, binarize=recipe.binarize), data
+def class_accuracy(log_probabilities: Tensor, labels: np.ndarray, classes: Sequence[str]) -> dict[str, float]:
+    """Top-1 accuracy of each class that has examples, by its name, 0 to 1."""
+    right = (log_probabilities.argmax(1).numpy() == labels).astype(np.float64)
+    return {name: float(right[labels == k].mean()) for k, name in enumerate(classes) if (labels == k).any()}

@@ -3,7 +3,7 @@
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm import files
-from batchnorm.data import ImageData, batch_indices, to_input
+from batchnorm.data import ImageData
 from batchnorm.train.build import build_model, build_optimizer, process_settings, resolve_device
 from batchnorm.train.checkpoint import (
     Checkpoint,
@@ -24,10 +24,13 @@ from batchnorm.train.checkpoint import (
     save_checkpoint,
     to_safetensors,
 )
-from batchnorm.train.evaluate import Scores, log_probabilities, score, with_population_statistics
+from batchnorm.train.evaluate import Scores, score
+from batchnorm.train.feed import MemoryFeed
 from batchnorm.train.metrics import MetricsLog, ProgressReport, cut_metrics
-from batchnorm.train.recipe import Recipe
+from batchnorm.train.predictions import log_probabilities
+from batchnorm.train.recipe import InceptionRecipe, Recipe
 from batchnorm.train.run import CHECKPOINTS, METRICS_FILE, MODEL_FILE, TENSORBOARD, load_model, open_run
+from batchnorm.train.statistics import with_population_statistics
 
 
 class TrainingStopped(KeyboardInterrupt):
@@ -58,7 +61,13 @@ class TrainingResult:
 
 
 def train(
-    recipe: Recipe, data: ImageData, out: str | Path, *, progress: bool = True, tensorboard: bool = True
+    recipe: Recipe,
+    data: ImageData,
+    out: str | Path,
+    *,
+    progress: bool = True,
+    tensorboard: bool = True,
+    on_step: Callable[[int], None] | None = None,
 ) -> TrainingResult:
     """Train by a recipe, from the start or from where a run in `out` stopped.
 
@@ -72,6 +81,7 @@ def train(
         out: Folder of the run; docs/training.md tells what it holds.
         progress: Report on standard error.
         tensorboard: Write TensorBoard events beside metrics.jsonl.
+        on_step: Called after each step with the number of steps taken so far.
 
     Returns:
         The model and its result.
@@ -84,28 +94,24 @@ def train(
         OSError: The disk refused; earlier checkpoints are whole.
     """
     device = resolve_device(recipe.device)
-    batch_indices(
-        0, recipe.batch_size, len(data.train_images), recipe.seed
-    )  # A batch that never fits fails here.
+    feed = MemoryFeed(recipe, data, device)
     with process_settings(recipe, device), open_run(Path(out), recipe, data, device) as folder:
-        trainer = _Trainer(recipe, data, folder, device)
+        trainer = _Trainer(recipe, data, feed, folder, device)
         if not (folder / MODEL_FILE).exists():
             trainer.resume()
-            trainer.run(progress=progress, tensorboard=tensorboard)
+            trainer.run(progress=progress, tensorboard=tensorboard, on_step=on_step)
         return trainer.finished()
 
 
 class _Trainer:
     """Everything that changes from step to step, and what it takes to save and restore it."""
 
-    def __init__(self, recipe: Recipe, data: ImageData, folder: Path, device: torch.device) -> None:
-        self.recipe, self.data, self.folder, self.device = recipe, data, folder, device
+    def __init__(
+        self, recipe: Recipe, data: ImageData, feed: MemoryFeed, folder: Path, device: torch.device
+    ) -> None:
+        self.recipe, self.feed, self.folder, self.device = recipe, feed, folder, device
         self.model = build_model(recipe, data.image_shape, len(data.classes)).to(device)
         self.optimizer = build_optimizer(recipe, self.model)
-        # The whole training set lives on the device: these sets are small, and no loader has a state.
-        self.images = torch.from_numpy(data.train_images).to(device)
-        self.labels = torch.from_numpy(data.train_labels).to(device)
-        self.test_images = torch.from_numpy(data.test_images).to(device)
         # Losses since the last row of metrics; read together, as each reading would halt a GPU.
         self.losses = torch.zeros(recipe.log_every, device=device)
         self.num_losses = 0
@@ -129,7 +135,7 @@ class _Trainer:
             self.seconds = facts["seconds"]
         cut_metrics(self.folder / METRICS_FILE, self.step)
 
-    def run(self, *, progress: bool, tensorboard: bool) -> None:
+    def run(self, *, progress: bool, tensorboard: bool, on_step: Callable[[int], None] | None = None) -> None:
         """Take the remaining steps, with evaluations and checkpoints where they are due."""
         recipe = self.recipe
         self._began = time.perf_counter() - self.seconds
@@ -137,10 +143,13 @@ class _Trainer:
         log = MetricsLog(self.folder / METRICS_FILE, events, self.step)
         report = ProgressReport(recipe.steps, self.step, shown=progress)
         with closing(log), report, _stop_requests() as requests:
+            batches = self.feed.training(self.step)
             while self.step < recipe.steps:
-                self._take_step()
+                self._take_step(*next(batches))
                 self.step += 1
                 report.step(self.step)
+                if on_step is not None:
+                    on_step(self.step)
                 is_last = self.step == recipe.steps
                 saves = is_last or self.step % recipe.checkpoint_every == 0
                 evaluates = saves or self.step % recipe.eval_every == 0
@@ -159,21 +168,27 @@ class _Trainer:
             load_model(self.folder, self.model)
             model = self.model.eval()
         else:
-            model = with_population_statistics(self.model, self.images, self.recipe)
+            model = self._with_statistics()
             # One entry only: safetensors writes several in random order, and equal runs shall be equal files.
             files.write_bytes(path, to_safetensors(model.state_dict(), {"step": str(self.step)}))
         return TrainingResult(self.folder, model, self._scores(model))
 
-    def _take_step(self) -> None:
-        recipe = self.recipe
-        indices = batch_indices(self.step, recipe.batch_size, len(self.images), recipe.seed).to(self.device)
-        logits = self.model(to_input(self.images[indices], binarize=recipe.binarize))
-        loss = nn.functional.cross_entropy(logits, self.labels[indices])
+    def _take_step(self, x: Tensor, labels: Tensor) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.rate_at(self.step)
+        loss = self._loss(self.model(x), labels)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         self.losses[self.num_losses] = loss.detach()
         self.num_losses += 1
+
+    def _loss(self, logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
+        if isinstance(logits, Tensor):
+            return nn.functional.cross_entropy(logits, labels)
+        assert isinstance(self.recipe, InceptionRecipe)
+        main, *heads = (nn.functional.cross_entropy(each, labels) for each in logits)
+        return main + self.recipe.head_weight * torch.stack(heads).sum()
 
     def _report(self, log: MetricsLog, report: ProgressReport, *, evaluate: bool) -> dict[str, float]:
         losses = self._finite_losses()
@@ -181,7 +196,7 @@ class _Trainer:
         row: dict[str, float] = {"step": self.step, "loss": losses.double().mean().item()}
         if evaluate:
             self._require_finite_weights()
-            scores = self._scores(with_population_statistics(self.model, self.images, self.recipe))
+            scores = self._scores(self._with_statistics())
             row |= {"accuracy": scores.top1, "test_loss": scores.loss}
         row["seconds"] = round(time.perf_counter() - self._began, 3)
         log.write(row)
@@ -206,8 +221,12 @@ class _Trainer:
         self.saved_step = self.step
 
     def _scores(self, model: nn.Module) -> Scores:
-        predictions = log_probabilities(model, self.test_images, binarize=self.recipe.binarize)
-        return score(predictions, self.data.test_labels)
+        return score(log_probabilities(model, self.feed.test()), self.feed.test_labels)
+
+    def _with_statistics(self) -> nn.Module:
+        return with_population_statistics(
+            self.model, self.feed.statistics, method=self.feed.statistics_method
+        )
 
     def _finite_losses(self) -> Tensor:
         losses = self.losses[: self.num_losses].cpu()

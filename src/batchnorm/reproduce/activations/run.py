@@ -17,6 +17,7 @@ from batchnorm.reproduce.activations.experiment import Activations
 from batchnorm.reproduce.activations.job import History, path_of, run_job
 from batchnorm.reproduce.activations.page import write_report
 from batchnorm.reproduce.activations.summary import Histories, summarize
+from batchnorm.reproduce.claiming import claim_folder
 from batchnorm.reproduce.pool import num_cores, run_jobs
 from batchnorm.train.run import environment
 
@@ -30,7 +31,7 @@ def run_experiment(experiment: Activations) -> dict[str, Any]:
         OSError: The folder cannot be written; jobs that were done stay done.
     """
     (experiment.out / "jobs").mkdir(parents=True, exist_ok=True)
-    _claim(experiment)
+    claim_folder(experiment.out, experiment.science())
     # Once here, so that a download or its error comes before any process is started.
     load(experiment.data, experiment.data_dir)
     wanted = [(seed, normalize) for seed in range(experiment.seeds) for normalize in (False, True)]
@@ -65,27 +66,6 @@ def _footer(experiment: Activations, summary: Mapping[str, Any]) -> dict[str, ob
         "time in evaluations": f"{evaluation:,.0f} core-seconds",
         "settings": json.dumps(experiment.science()),
     }
-
-
-def _claim(experiment: Activations) -> None:
-    path = experiment.out / "experiment.json"
-    if not path.exists():
-        write_json(path, experiment.science())
-        return
-    try:
-        found = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} is not readable ({error}): give another --out, or delete the folder"
-        ) from None
-    differ = [name for name, value in experiment.science().items() if found.get(name) != value]
-    if differ:
-        asked = ", ".join(
-            f"{name} {found.get(name)!r} there, {experiment.science()[name]!r} asked" for name in differ
-        )
-        raise ValueError(
-            f"{experiment.out} holds an experiment with other settings ({asked}): give another --out"
-        )
 
 
 def _earlier_wall_s(out: Path) -> float | None:

@@ -1,0 +1,33 @@
+"""Whose folder it is: one experiment's, with the settings that decide its numbers."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from batchnorm.files import write_json
+
+
+def claim_folder(out: Path, settings: Mapping[str, object]) -> None:
+    """Write ``experiment.json``, or check that the one there has the same settings.
+
+    Args:
+        out: An existing folder.
+        settings: As JSON would hold them.
+
+    Raises:
+        ValueError: The folder holds an experiment with other settings, or the file cannot be read.
+    """
+    path = out / "experiment.json"
+    if not path.exists():
+        write_json(path, settings)
+        return
+    try:
+        found = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path} is not readable ({error}): give another --out, or delete the folder"
+        ) from None
+    differ = [name for name, value in settings.items() if found.get(name) != value]
+    if differ:
+        asked = ", ".join(f"{name} {found.get(name)!r} there, {settings[name]!r} asked" for name in differ)
+        raise ValueError(f"{out} holds an experiment with other settings ({asked}): give another --out")
