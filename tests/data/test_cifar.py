@@ -43,7 +43,7 @@ def test_images_and_labels_in_the_order_of_the_files(small):
     # Row by row: 1,024 red, then green, then blue.
     assert (data.train_images.reshape(20, -1) == pixels).all()
     assert data.train_images[3, 1, 2, 5] == pixels[3, 1024 + 2 * 32 + 5]
-    assert data.train_labels.tolist() == sum((labels for _, labels in expected[:5]), [])
+    assert data.train_labels.tolist() == [label for _, labels in expected[:5] for label in labels]
     assert (data.test_images.reshape(4, -1) == expected[5][0]).all()
     assert data.test_labels.tolist() == expected[5][1]
     assert data.image_shape == (3, 32, 32)
@@ -123,7 +123,7 @@ def test_a_pickle_cut_short():
 
 
 def test_arrays_of_objects_are_refused():
-    with pytest.raises(ValueError, match="the pickle asks for|whole pickle"):
+    with pytest.raises(ValueError, match=r"the pickle asks for|whole pickle"):
         unpickle(pickle.dumps(np.array([Evil(os.getcwd, ())], dtype=object), protocol=2))
 
 

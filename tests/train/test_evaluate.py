@@ -46,8 +46,8 @@ def test_loss_of_a_hopeless_network_is_not_capped():
         def forward(self, x):
             return torch.tensor([0.0, 1e30]).expand(len(x), 2)
 
-    predictions = log_probabilities(Far().eval(), [[torch.zeros(2, 2, 2)], [torch.zeros(1, 2, 2)]])
-    assert score(predictions, np.zeros(3, np.int64)).loss == pytest.approx(1e30, rel=1e-6)
+    said = log_probabilities(Far().eval(), [[torch.zeros(2, 2, 2)], [torch.zeros(1, 2, 2)]])
+    assert score(said, np.zeros(3, np.int64)).loss == pytest.approx(1e30, rel=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_ensemble_is_the_mean_of_probabilities(runs, from_disk, noise):
 
 def test_changed_data_are_refused(runs, monkeypatch, noise):
     changed = replace(noise, test_labels=noise.test_labels[::-1].copy())
-    monkeypatch.setattr(evaluate, "load", lambda *_, **__: changed)
+    monkeypatch.setattr(predictions, "load", lambda *_, **__: changed)
     with pytest.raises(ValueError, match="was trained on other data"):
         evaluate_runs([runs / "seed-0"])
 
@@ -163,7 +163,7 @@ def test_runs_on_different_data_are_no_ensemble(runs, noise, tmp_path, monkeypat
     recipe = replace(mlp(), hidden=(4,), steps=1, batch_size=20)
     train(recipe, other, tmp_path / "other", progress=False, tensorboard=False)
     answers = iter([noise, other])
-    monkeypatch.setattr(evaluate, "load", lambda *_, **__: next(answers))
+    monkeypatch.setattr(predictions, "load", lambda *_, **__: next(answers))
     with pytest.raises(ValueError, match="no ensemble of both"):
         evaluate_runs([runs / "seed-0", tmp_path / "other"])
 

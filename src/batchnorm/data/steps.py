@@ -108,6 +108,7 @@ class TrainingBatches(Batches):
     size: int
     seed: int
     shuffle: Shuffle
+    mirror: bool
     rank: int
     world_size: int
 
@@ -134,7 +135,7 @@ class TrainingBatches(Batches):
         shown = []
         for place, first in zip(pixels.numpy(), wanted, strict=True):
             for image in (*range(first, len(self.images)), *range(first)):
-                crop = decoder.decode(image, _RandomCrop(self.seed, epoch, image, self.size))
+                crop = decoder.decode(image, _RandomCrop(self.seed, epoch, image, self.size, self.mirror))
                 if crop is not None:
                     place[:] = crop
                     shown.append(image)
@@ -163,7 +164,8 @@ class EvaluationBatches(Batches):
         first = self.first + number * self.batch_size
         wanted = range(first, min(first + self.batch_size, self.end))
         pixels = torch.empty(len(wanted), self.crops, 3, self.size, self.size, dtype=torch.uint8)
-        places, shown = pixels.numpy(), []
+        places = pixels.numpy()
+        shown: list[int] = []
         for image in wanted:
             crops = decoder.decode(image, self._crop)
             if crops is not None:
@@ -188,12 +190,13 @@ class _RandomCrop(NamedTuple):
     epoch: int
     image: int
     size: int
+    mirror: bool
 
     def __call__(self, data: bytes, name: str) -> np.ndarray:
         rng = np.random.default_rng([self.seed, self.epoch, self.image])
 
         def choose(width: int, height: int) -> Crop:
-            mirrored = rng.random() < 0.5
+            mirrored = rng.random() < 0.5 and self.mirror
             return Crop(random_area_box(width, height, rng), mirrored)
 
         return read_crop(data, choose, self.size, name=name)

@@ -5,7 +5,9 @@ started at step 1000 goes on where one that was killed after 999 would have.
 """
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from multiprocessing.context import BaseContext
 from typing import Literal
@@ -121,6 +123,7 @@ def training_stream(
     size: int,
     seed: int,
     shuffle: Shuffle = "all",
+    mirror: bool = True,
     rank: int = 0,
     world_size: int = 1,
     num_workers: int = 0,
@@ -145,6 +148,7 @@ def training_stream(
         size: Side of the crops, pixels.
         seed: Of order, boxes and mirroring.
         shuffle: See `shuffled_order`.
+        mirror: Whether half of the crops are mirrored, left to right; the boxes are the same either way.
         rank: This process among those that train together.
         world_size: Their number.
         num_workers: Processes that decode; 0 decodes in this one.
@@ -176,6 +180,7 @@ def training_stream(
         size=size,
         seed=seed,
         shuffle=shuffle,
+        mirror=mirror,
         rank=rank,
         world_size=world_size,
     )
@@ -263,3 +268,13 @@ def _begin_worker(_: int) -> None:
     # Ctrl-C reaches the whole group; the training finishes its step and saves, and needs batches for that.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+
+
+def _end_with_the_parent() -> None:
+    # DataLoader's own watch asks for the process that forked this one. Here that is the fork server,
+    # which lives as long as its children do: both would outlive a training that was killed.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -69,12 +69,13 @@ class MemoryFeed:
         for part in chosen.split(_at_once(recipe)):
             yield evaluation_input(recipe, self._images[part])
 
-    def test(self, crops: Crops = 1) -> Iterator[Iterator[Tensor]]:
+    def test(self, crops: Crops = 1, num_examples: int = 0) -> Iterator[Iterator[Tensor]]:
         """Views of the whole test set, in the order of ``test_labels``.
 
         Args:
             crops: Views of each image. 1 is the image as it is, which has the network's size already;
                 10 and 144 are the paper's, in proportion (`batchnorm.data.evaluation_crops`).
+            num_examples: The first so many; 0 for all.
 
         Yields:
             For each part of the set its views one after the other.
@@ -85,7 +86,7 @@ class MemoryFeed:
         recipe = self.recipe
         if crops != 1 and not isinstance(recipe, InceptionRecipe):
             raise ValueError(f"{recipe.model} sees whole images only: use 1 crop, not {crops}.")
-        for part in self._test_images.split(_at_once(recipe)):
+        for part in self._test_images[: num_examples or None].split(_at_once(recipe)):
             yield _views(recipe, part, crops)
 
 

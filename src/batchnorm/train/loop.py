@@ -196,7 +196,8 @@ class _Trainer:
         row: dict[str, float] = {"step": self.step, "loss": losses.double().mean().item()}
         if evaluate:
             self._require_finite_weights()
-            scores = self._scores(self._with_statistics())
+            num_examples = 0 if self.step == self.recipe.steps else self.recipe.eval_examples
+            scores = self._scores(self._with_statistics(), num_examples)
             row |= {"accuracy": scores.top1, "test_loss": scores.loss}
         row["seconds"] = round(time.perf_counter() - self._began, 3)
         log.write(row)
@@ -220,8 +221,9 @@ class _Trainer:
         prune(self.folder / CHECKPOINTS)
         self.saved_step = self.step
 
-    def _scores(self, model: nn.Module) -> Scores:
-        return score(log_probabilities(model, self.feed.test()), self.feed.test_labels)
+    def _scores(self, model: nn.Module, num_examples: int = 0) -> Scores:
+        said = log_probabilities(model, self.feed.test(num_examples=num_examples))
+        return score(said, self.feed.test_labels[: len(said)])
 
     def _with_statistics(self) -> nn.Module:
         return with_population_statistics(

@@ -48,6 +48,8 @@ class Recipe:
     """Steps between two lines of metrics.jsonl."""
     eval_every: int = 1000
     """Steps between two evaluations on the test set (a checkpoint and the last step bring one too)."""
+    eval_examples: int = 0
+    """Test examples in evaluations on the way, always the first ones; 0 takes all. The last one takes all anyway."""
     checkpoint_every: int = 1000
     """Steps between two checkpoints."""
     recalibrate_examples: int = 6000
@@ -76,7 +78,7 @@ class Recipe:
             "shard_size",
         ):
             self.require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("seed", "recalibrate_examples", "threads"):
+        for name in ("seed", "recalibrate_examples", "eval_examples", "threads"):
             self.require(name, getattr(self, name) >= 0, "0 or more")
         self.require("weight_decay", 0 <= self.weight_decay < float("inf"), "finite and 0 or more")
         self.require("learning_rate", 0 < self.learning_rate <= MAX_FLOAT32, "above 0 and within float32")

@@ -130,7 +130,8 @@ def at_scale(recipe: Recipe, scale: Scale) -> Recipe:
         log_every=50,
         eval_every=250,
         checkpoint_every=1000,
-        recalibrate_examples=2500,
+        eval_examples=4000,
+        recalibrate_examples=1000,
         threads=1,
     )
 
