@@ -196,8 +196,7 @@ class _Trainer:
         row: dict[str, float] = {"step": self.step, "loss": losses.double().mean().item()}
         if evaluate:
             self._require_finite_weights()
-            num_examples = 0 if self.step == self.recipe.steps else self.recipe.eval_examples
-            scores = self._scores(self._with_statistics(), num_examples)
+            scores = self._scores(self._with_statistics(), self.recipe.eval_examples)
             row |= {"accuracy": scores.top1, "test_loss": scores.loss}
         row["seconds"] = round(time.perf_counter() - self._began, 3)
         log.write(row)

@@ -49,7 +49,8 @@ class Recipe:
     eval_every: int = 1000
     """Steps between two evaluations on the test set (a checkpoint and the last step bring one too)."""
     eval_examples: int = 0
-    """Test examples in evaluations on the way, always the first ones; 0 takes all. The last one takes all anyway."""
+    """Test examples in evaluations on the way, always the first ones; 0 takes all, as that of the finished
+    model always does."""
     checkpoint_every: int = 1000
     """Steps between two checkpoints."""
     recalibrate_examples: int = 6000
