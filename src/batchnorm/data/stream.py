@@ -6,6 +6,7 @@ started at step 1000 goes on where one that was killed after 999 would have.
 
 import multiprocessing
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -93,9 +94,10 @@ class Stream(Iterator[Batch]):
         except StopIteration:
             self.close()
             raise
-        except RuntimeError as error:
+        except (RuntimeError, OSError, EOFError) as error:
             self.close()
-            if "worker" not in str(error):
+            # A batch is fetched from the memory of its worker, which may die before, between or after.
+            if isinstance(error, RuntimeError) and not re.search("exited unexpectedly|killed by", str(error)):
                 raise
             raise RuntimeError(
                 "A process that decodes images was killed, perhaps for want of memory, or of shared memory "
