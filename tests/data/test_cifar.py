@@ -27,7 +27,7 @@ def small(tmp_path, monkeypatch):
     sums = {}
     for seed, name in enumerate([*cifar.TRAIN_FILES, *cifar.TEST_FILES]):
         pixels, labels = batch_of(4, seed)
-        content = pickle.dumps({b"data": pixels, b"labels": labels, b"batch_label": b"x"}, protocol=2)
+        content = pickle.dumps({b"data": pixels, b"labels": labels, b"batch_label": b"x"}, protocol=4)
         (folder / name).write_bytes(content)
         sums[name] = hashlib.md5(content).hexdigest()
     monkeypatch.setattr(cifar, "TRAIN_FILES", {name: sums[name] for name in cifar.TRAIN_FILES})
@@ -103,7 +103,7 @@ class Evil:
         pytest.param(eval, ("open('{mark}', 'w')",), id="eval"),
         pytest.param(Path, ("{mark}",), id="a class"),
         pytest.param(np.save, ("{mark}", 1), id="a function of numpy"),
-        pytest.param(getattr, (np, "save"), id="a way to a function of numpy"),
+        pytest.param(getattr, ("{mark}", "upper"), id="a way to any function"),
         pytest.param(bytearray, (8,), id="a harmless builtin"),
     ],
 )
@@ -117,7 +117,7 @@ def test_nothing_in_a_pickle_runs(tmp_path, what, arguments, protocol):
 
 
 def test_a_pickle_cut_short():
-    whole = pickle.dumps({b"data": np.arange(1000)}, protocol=2)
+    whole = pickle.dumps({b"data": np.arange(1000)}, protocol=4)
     with pytest.raises(ValueError, match="not a whole pickle"):
         unpickle(whole[:200])
 

@@ -187,4 +187,4 @@ def test_networks_of_a_seed_begin_alike_with_and_without_bn():
 )
 def test_bad_options_are_refused(options, says):
     with pytest.raises(ValueError, match=says):
-        inception(10, **options)
+        inception(**{"classes": 10, **options})

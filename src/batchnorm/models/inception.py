@@ -132,7 +132,7 @@ def inception(
         layers["norm2"] = _response_norm()
     layers["pool2"] = build.pool()
     channels, wanted = build.scaled(192), HEADS_AFTER[:heads]
-    classifiers: OrderedDict[str, nn.Module] = OrderedDict()
+    classifiers: dict[str, nn.Module] = {}
     for name, row in TABLE.items():
         if name in ("4c", "4d"):
             row = row._replace(projection=projection)
@@ -145,7 +145,8 @@ def inception(
     if dropout:
         layers["dropout"] = nn.Dropout(dropout)
     layers["head"] = nn.Linear(channels, classes)
-    network = WithHeads(layers, classifiers) if heads else nn.Sequential(layers)
+    from_the_top = {f"inception{name}": classifiers[f"inception{name}"] for name in wanted}
+    network = WithHeads(layers, from_the_top) if heads else nn.Sequential(layers)
     _initialize(network, init_scale, seed)
     return network
 
