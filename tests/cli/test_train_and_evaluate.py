@@ -60,7 +60,6 @@ def test_flags_may_come_before_the_recipe(tmp_path):
             ["bn-mlp", "--lerning-rate", "1"], "--learning-rate", id="misspelt flag suggests the right one"
         ),
         pytest.param(["bn-mlpp"], "mlp, bn-mlp", id="unknown recipe lists the known"),
-        pytest.param(["bn-mlp"], "--out", id="no folder"),
         pytest.param(["bn-mlp", "--steps", "many"], "--steps", id="a word for a number"),
         pytest.param(["bn-mlp", "--momentum", "3"], "at least 0 and below 1", id="a value out of range"),
         pytest.param(["bn-mlp", "--optimizer", "lion"], "sgd", id="unknown optimizer"),
@@ -69,10 +68,8 @@ def test_flags_may_come_before_the_recipe(tmp_path):
 def test_arguments_that_cannot_be_understood(tmp_path, monkeypatch, capsys, arguments, says):
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)
-    if "bn-mlp" not in arguments or len(arguments) > 1:
-        arguments = [*arguments, "--out", "run"]
     with pytest.raises(SystemExit, match="2"):
-        main(["train", *arguments])
+        main(["train", *arguments, "--out", "run"])
     captured = capsys.readouterr()
     assert says in captured.out + captured.err
     assert not (tmp_path / "run").exists()
@@ -89,6 +86,9 @@ def test_arguments_that_cannot_be_understood(tmp_path, monkeypatch, capsys, argu
             "not a folder",
             id="no data_dir",
         ),
+        pytest.param(["train", "bn-mlp"], "--out is needed", id="no folder"),
+        pytest.param(["train", "bn-x5", "--out", "run"], "--data is needed", id="no images"),
+        pytest.param(["train", "bn-x5", "--data", "digits", "--out", "run"], "of shape", id="other images"),
         pytest.param(["evaluate", "absent"], "absent is not a run", id="no run"),
         pytest.param(["evaluate"], "at least one run", id="no run named"),
     ],

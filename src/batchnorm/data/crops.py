@@ -27,10 +27,16 @@ class Box(NamedTuple):
 
 
 class Crop(NamedTuple):
-    """What one square of pixels shows: a box of the original image, mirrored left to right or not."""
+    """What one square of pixels shows."""
 
     box: Box
+    """In the image as it is."""
     mirrored: bool = False
+    """Left to right."""
+    resized: tuple[int, int] | None = None
+    """Width and height that the whole image is resized to, if the box is a window of that picture, at
+    whole pixels; `None` if the box is cut out and then resized. They differ at the border, where the
+    window's pixels know what lies outside."""
 
 
 def random_area_box(
@@ -95,6 +101,7 @@ def evaluation_crops(width: int, height: int, num: Literal[1, 10, 144] = 1, size
 
     For another `size` everything is in proportion, rounded to whole pixels of the resized image. Odd
     margins are divided with the smaller half left and above. Where an image is smaller, it is enlarged.
+    The square itself is resized from the image as it is, in one step.
 
     Args:
         width: Of the image, pixels.
@@ -103,8 +110,7 @@ def evaluation_crops(width: int, height: int, num: Literal[1, 10, 144] = 1, size
         size: Side of the crops that the network sees, pixels.
 
     Returns:
-        Boxes in the pixels of the image as it is: resizing each to `size` gives the same picture as
-        resizing the image and cutting.
+        The crops; `resized` is set but for the squares, which are no windows of 224 pixels.
 
     Raises:
         ValueError: An image or crops without pixels, or another number of crops.
@@ -117,11 +123,11 @@ def evaluation_crops(width: int, height: int, num: Literal[1, 10, 144] = 1, size
         raise ValueError(f"size must be at least 1 pixel, got {size}.")
     if num == 1:
         resized = _Resized.of(width, height, SCALES[0], size)
-        return [resized.crop(*_centre(0, 0, resized.width, resized.height, size), size)]
+        return [resized.window(*_centre(0, 0, resized.width, resized.height, size), size)]
     if num == 10:
         resized = _Resized.of(width, height, SCALES[0], size)
         places = _corners_and_centre(0, 0, resized.width, resized.height, size)
-        return [crop for left, top in places for crop in resized.both(left, top, size)]
+        return [crop for place in places for crop in _both(resized.window(*place, size))]
     if num == 144:
         return [crop for scale in SCALES for crop in _crops_of_scale(width, height, scale, size)]
     raise ValueError(f"num must be 1, 10 or 144 crops, got {num}.")
@@ -143,21 +149,18 @@ class _Resized(NamedTuple):
             return cls(side, _round(height * side, width), width, height)
         return cls(_round(width * side, height), side, width, height)
 
-    def crop(self, left: int, top: int, side: int, mirrored: bool = False) -> Crop:
-        """A square of the resized image, in pixels of the original."""
-        return Crop(
-            Box(
-                left * self.original_width / self.width,
-                top * self.original_height / self.height,
-                side * self.original_width / self.width,
-                side * self.original_height / self.height,
-            ),
-            mirrored,
-        )
+    def window(self, left: int, top: int, side: int) -> Crop:
+        """A square of the resized image as a window of it."""
+        return Crop(self.box(left, top, side), resized=(self.width, self.height))
 
-    def both(self, left: int, top: int, side: int) -> tuple[Crop, Crop]:
-        """As it is, and mirrored."""
-        return self.crop(left, top, side), self.crop(left, top, side, True)
+    def box(self, left: int, top: int, side: int) -> Box:
+        """A square of the resized image, in pixels of the original."""
+        return Box(
+            left * self.original_width / self.width,
+            top * self.original_height / self.height,
+            side * self.original_width / self.width,
+            side * self.original_height / self.height,
+        )
 
 
 def _crops_of_scale(width: int, height: int, scale: int, size: int) -> Iterator[Crop]:
@@ -167,8 +170,12 @@ def _crops_of_scale(width: int, height: int, scale: int, size: int) -> Iterator[
     # One of the spares is zero, so the three squares lie along the other.
     for x, y in ((0, 0), (spare_x // 2, spare_y // 2), (spare_x, spare_y)):
         for left, top in _corners_and_centre(x, y, side, side, size):
-            yield from resized.both(left, top, size)
-        yield from resized.both(x, y, side)
+            yield from _both(resized.window(left, top, size))
+        yield from _both(Crop(resized.box(x, y, side)))
+
+
+def _both(crop: Crop) -> tuple[Crop, Crop]:
+    return crop, crop._replace(mirrored=True)
 
 
 def _corners_and_centre(x: int, y: int, width: int, height: int, size: int) -> list[tuple[int, int]]:

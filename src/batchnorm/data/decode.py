@@ -1,16 +1,17 @@
 """Crops of compressed images: no more pixels are decoded, turned or converted than a crop needs.
 
-Boxes are in pixels of the upright picture (`data.crops`). The stored picture may lie on its side; boxes
-are turned to it, and the small results are turned back.
+Boxes are in pixels of the upright picture (`data.crops`). The stored picture may lie on its side: boxes
+are laid upon it as it is, and the small results are turned.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from typing import NamedTuple
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 from batchnorm.data.crops import Box, Crop
 
@@ -28,11 +29,14 @@ MAX_PIXELS = 89_478_485
 REDUCTIONS = (8, 4, 2)
 """By which JPEG decoding can shrink a picture at a saving."""
 
-_JPEG = ("JPEG", "MPO")
-_SLACK = 1e-6
+SLACK = 1e-6
 """Rounding of coordinates, pixels."""
-_REDUCING_GAP = 3.0
-"""Pictures that shrink more than this often are averaged over whole pixels first."""
+
+SPARE_ROWS = 16
+"""Decoded below the lowest box: chroma is interpolated from a few rows further down."""
+
+SPARE_AREA = 3
+"""A picture is resized whole for its windows unless that is more than this often their area."""
 
 
 class BadImage(ValueError):
@@ -42,7 +46,7 @@ class BadImage(ValueError):
 def read_crop(
     data: bytes, choose: Callable[[int, int], Crop | Box], size: int, *, name: str = ""
 ) -> np.ndarray:
-    """Decode one crop of an image.
+    """Decode one crop of an image; see `read_crops` for how.
 
     Args:
         data: The file's content.
@@ -56,8 +60,6 @@ def read_crop(
     Raises:
         BadImage: The bytes are no whole picture. Nothing else is raised for the bytes' sake.
         ValueError: A box does not lie within the picture, or `size` is less than a pixel.
-
-    See `read_crops` for how.
     """
     return read_crops(data, lambda width, height: [choose(width, height)], size, name=name)[0]
 
@@ -67,17 +69,17 @@ def read_crops(
 ) -> np.ndarray:
     """Decode several crops of an image, whose bytes are decoded once.
 
-    Every box is resized by Pillow's antialiased bilinear filter, as if the whole picture were resized and
-    the crop cut from it: pixels just outside a box count at its border. A JPEG is decoded at 1/2, 1/4
-    or 1/8 of its size where every crop has at least `size` pixels left on its sides. Boxes that are
-    windows of one resized picture share its resizing.
+    Resizing is bilinear with antialiasing. A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where every
+    crop has at least `size` pixels left on its sides, and not below the lowest box. Windows of one
+    resized picture share its resizing.
 
     EXIF orientation is obeyed. Grey, CMYK and palette pictures become RGB; transparency is dropped,
     of 16 bits the upper eight are kept, of several frames the first.
 
     Args:
         data: The file's content.
-        choose: Given the upright picture's width and height, returns what to cut.
+        choose: Given the upright picture's width and height, returns what to cut. A `Box` is cut out
+            and then resized; pixels that its fractions cut through, and their neighbours, count there.
         size: Side of the results, pixels.
         name: Of the file, for messages.
 
@@ -92,19 +94,18 @@ def read_crops(
         raise ValueError(f"size must be at least 1 pixel, got {size}.")
     with _blamed(name):
         image = _opened(data)
-        turn = _orientation(image)
-    upright = image.size[::-1] if turn.swap else image.size
-    crops = [crop if isinstance(crop, Crop) else Crop(crop) for crop in choose(*upright)]
+        turn = _turn(image)
+    width, height = image.size[::-1] if turn.swap else image.size
+    crops = [chosen if isinstance(chosen, Crop) else Crop(chosen) for chosen in choose(width, height)]
     for crop in crops:
-        _check_inside(crop.box, *upright)
-    boxes = [turn.stored(crop.box, *image.size) for crop in crops]
+        _check_inside(crop.box, width, height)
+    stored = [turn.stored(crop, *image.size) for crop in crops]
     with _blamed(name):
-        pixels, reduction = _decoded(image, boxes, size)
-    pictures = _resized(pixels, [Box(*(side / reduction for side in box)) for box in boxes], size)
+        picture = _decoded(image, data, stored, size)
     result = np.empty((len(crops), 3, size, size), np.uint8)
-    for out, crop, picture in zip(result, crops, pictures, strict=True):
+    for out, crop, pixels in zip(result, crops, _resized(picture, stored, size), strict=True):
         # Grey pictures have one channel, which assignment repeats.
-        out[:] = turn.upright(picture, crop.mirrored)
+        out[:] = turn.upright(pixels, crop.mirrored)
     return result
 
 
@@ -115,23 +116,24 @@ class _Turn(NamedTuple):
     flip_x: bool
     flip_y: bool
 
-    def stored(self, box: Box, width: int, height: int) -> Box:
-        """Where a box of the upright picture lies in the stored one, of `width` × `height`."""
-        left, top, across, down = box
+    def stored(self, crop: Crop, width: int, height: int) -> Crop:
+        """Where a crop of the upright picture lies in the stored one, of `width` × `height`; not mirrored."""
+        (left, top, across, down), _, resized = crop
         if self.swap:
             left, top, across, down = top, left, down, across
+            resized = resized and resized[::-1]
         if self.flip_x:
             left = width - left - across
         if self.flip_y:
             top = height - top - down
-        return Box(left, top, across, down)
+        return Crop(Box(left, top, across, down), False, resized)
 
-    def upright(self, picture: np.ndarray, mirrored: bool) -> np.ndarray:
-        """A view of stored pixels (bands, rows, columns) as the viewer sees them."""
-        picture = picture[:, :: -1 if self.flip_y else 1, :: -1 if self.flip_x else 1]
+    def upright(self, pixels: np.ndarray, mirrored: bool) -> np.ndarray:
+        """A view of stored pixels, (bands, rows, columns), as a viewer sees them."""
+        pixels = pixels[:, :: -1 if self.flip_y else 1, :: -1 if self.flip_x else 1]
         if self.swap:
-            picture = picture.swapaxes(1, 2)
-        return picture[:, :, ::-1] if mirrored else picture
+            pixels = pixels.swapaxes(1, 2)
+        return pixels[:, :, ::-1] if mirrored else pixels
 
 
 _TURNS = {
@@ -147,6 +149,16 @@ _TURNS = {
 """By EXIF orientation."""
 
 
+class _Picture(NamedTuple):
+    """A decoded picture, eight bits a channel, grey or RGB."""
+
+    pixels: Image.Image
+    reduction: int
+    width: float
+    """Of what it shows, in its own pixels; the last of a reduced picture may show less than a whole one."""
+    height: float
+
+
 @contextmanager
 def _blamed(name: str) -> Iterator[None]:
     """Whatever Pillow raises while it reads is the image's fault; its plugins know no common error."""
@@ -159,7 +171,7 @@ def _blamed(name: str) -> Iterator[None]:
     except MemoryError:
         raise  # sizes are limited, so this is the machine's fault
     except Exception as error:
-        what = str(error) or type(error).__name__
+        what = str(error).rstrip(". ") or type(error).__name__
         raise BadImage(f"{name or 'image'}: {what}. Replace the file or leave it out.") from error
     finally:
         if lenient:
@@ -178,13 +190,13 @@ def _opened(data: bytes) -> ImageFile.ImageFile:
     width, height = image.size
     if not 1 <= width * height <= MAX_PIXELS:
         raise ValueError(f"expected 1 to {MAX_PIXELS:,} pixels, found {width}×{height}")
-    if image.format not in _JPEG:
-        # No saving to be had; and the orientation may come behind the pixels.
+    if image.format not in ("JPEG", "MPO"):
+        # There is nothing to save, and the orientation may come behind the pixels.
         image.load()
     return image
 
 
-def _orientation(image: ImageFile.ImageFile) -> _Turn:
+def _turn(image: ImageFile.ImageFile) -> _Turn:
     try:
         return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1), _TURNS[1])
     except Exception:
@@ -192,16 +204,48 @@ def _orientation(image: ImageFile.ImageFile) -> _Turn:
         return _TURNS[1]
 
 
-def _decoded(image: ImageFile.ImageFile, boxes: Sequence[Box], size: int) -> tuple[Image.Image, int]:
-    """The picture, grey or RGB, and by how much it is reduced."""
+def _decoded(image: ImageFile.ImageFile, data: bytes, crops: Sequence[Crop], size: int) -> _Picture:
+    width, height = image.size
     reduction = 1
-    if image.format in _JPEG:
-        smallest = min((min(box.width, box.height) for box in boxes), default=0)
+    if image.format in ("JPEG", "MPO"):
+        smallest = min((min(box.width, box.height) for box, _, _ in crops), default=0)
         reduction = next((by for by in REDUCTIONS if smallest >= by * size), 1)
+        if image.format == "JPEG" and not any(crop.resized for crop in crops):
+            image = _without_rows_below(image, data, crops, size)
         if reduction > 1:
             image.draft(None, (image.width // reduction, image.height // reduction))
         image.load()
-    return _grey_or_rgb(image), reduction
+    return _Picture(_grey_or_rgb(image), reduction, width / reduction, height / reduction)
+
+
+def _without_rows_below(
+    image: ImageFile.ImageFile, data: bytes, crops: Sequence[Crop], size: int
+) -> ImageFile.ImageFile:
+    """The same JPEG, told to be no higher than its crops need: its decoder stops there.
+
+    Nothing is changed where it would hide a cut: only the end of the image proves that all is there.
+    """
+    # Resizing looks one pixel of the result further.
+    lowest = max((box.top + box.height * (1 + 1 / size) for box, _, _ in crops), default=0)
+    rows = int(lowest) + 1 + SPARE_ROWS
+    at = _height_field(data)
+    if rows >= image.height or at is None or not data.endswith(b"\xff\xd9"):
+        return image
+    return Image.open(BytesIO(data[:at] + rows.to_bytes(2, "big") + data[at + 2 :]), formats=("JPEG",))
+
+
+def _height_field(data: bytes) -> int | None:
+    """Where a baseline JPEG notes its height; None in other kinds. Source: ITU-T T.81, annex B."""
+    at = 2
+    while at + 9 < len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker == 0xC0:
+            return at + 5
+        # Any other kind of frame, the pixels themselves, or what has no length.
+        if 0xC1 <= marker <= 0xC3 or 0xC5 <= marker <= 0xCF and marker not in (0xC8, 0xCC) or marker == 0xDA:
+            return None
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return None
 
 
 def _grey_or_rgb(image: Image.Image) -> Image.Image:
@@ -218,52 +262,69 @@ def _grey_or_rgb(image: Image.Image) -> Image.Image:
     return image.convert("L" if image.mode in ("1", "LA") else "RGB")
 
 
-def _resized(pixels: Image.Image, boxes: Sequence[Box], size: int) -> list[np.ndarray]:
-    """Each box as uint8 of shape (bands, size, size)."""
-    by_scale: defaultdict[tuple[float, float], list[Box]] = defaultdict(list)
-    for box in dict.fromkeys(boxes):
-        by_scale[box.width, box.height].append(box)
-    found: dict[Box, np.ndarray] = {}
-    for members in by_scale.values():
-        found.update(zip(members, _windows(pixels, members, size), strict=True))
-    return [found[box] for box in boxes]
+def _resized(picture: _Picture, crops: Sequence[Crop], size: int) -> list[np.ndarray]:
+    """Each crop as uint8 of shape (bands, size, size)."""
+    found: dict[Crop, np.ndarray] = {}
+    for resized in dict.fromkeys(crop.resized for crop in crops):
+        members = [crop for crop in dict.fromkeys(crops) if crop.resized == resized]
+        if resized is None:
+            found |= {crop: _cut(picture, crop.box, size) for crop in members}
+        else:
+            windows = _windows(picture, resized, [crop.box for crop in members], size)
+            found |= zip(members, windows, strict=True)
+    return [found[crop] for crop in crops]
 
 
-def _windows(pixels: Image.Image, boxes: Sequence[Box], size: int) -> list[np.ndarray]:
-    """Boxes of one width and height: cut from one resized picture where they lie on its pixels."""
-    left, top = min(box.left for box in boxes), min(box.top for box in boxes)
-    step_x, step_y = boxes[0].width / size, boxes[0].height / size
-    places = [((box.left - left) / step_x, (box.top - top) / step_y) for box in boxes]
-    corners = [(round(x), round(y)) for x, y in places]
-    width, height = (size + max(corner[axis] for corner in corners) for axis in (0, 1))
-    off = max(
-        abs(at - to)
-        for place, corner in zip(places, corners, strict=True)
-        for at, to in zip(place, corner, strict=True)
-    )
-    # Of a very long image the windows may be far apart.
-    if off > _SLACK or width * height > len(boxes) * size * size:
-        return [_planes(pixels, box, size, size) for box in boxes]
-    whole = _planes(pixels, Box(left, top, width * step_x, height * step_y), width, height)
-    return [whole[:, y : y + size, x : x + size] for x, y in corners]
+def _windows(
+    picture: _Picture, resized: tuple[int, int], boxes: Sequence[Box], size: int
+) -> list[np.ndarray]:
+    """Windows of the picture resized."""
+    width, height = resized
+    step_x, step_y = picture.width / width, picture.height / height
+    by = picture.reduction
+    corners = [(round(left / by / step_x), round(top / by / step_y)) for left, top, _, _ in boxes]
+    if width * height <= SPARE_AREA * len(boxes) * size**2:
+        whole = _resize(picture.pixels, (0, 0, picture.width, picture.height), width, height)
+        return [whole[:, y : y + size, x : x + size] for x, y in corners]
+    edges = [(x * step_x, y * step_y, (x + size) * step_x, (y + size) * step_y) for x, y in corners]
+    return [_resize_within(picture.pixels, box, size, size) for box in edges]
 
 
-def _planes(pixels: Image.Image, box: Box, width: int, height: int) -> np.ndarray:
-    """One box, resized: uint8 of shape (bands, height, width)."""
-    edges = (
-        max(box.left, 0.0),
-        max(box.top, 0.0),
-        min(box.left + box.width, pixels.width),
-        min(box.top + box.height, pixels.height),
-    )
-    small = pixels.resize((width, height), Image.Resampling.BILINEAR, edges, _REDUCING_GAP)
-    array = np.asarray(small)
+def _cut(picture: _Picture, box: Box, size: int) -> np.ndarray:
+    left, top, across, down = (side / picture.reduction for side in box)
+    return _resize(picture.pixels, (left, top, left + across, top + down), size, size)
+
+
+def _resize(
+    pixels: Image.Image, edges: tuple[float, float, float, float], width: int, height: int
+) -> np.ndarray:
+    """Cut at these edges (left, top, right, bottom) and resized: uint8 of shape (bands, height, width)."""
+    whole = tuple(round(edge) for edge in edges)
+    if pixels.mode != "RGB" or any(abs(a - b) > SLACK for a, b in zip(edges, whole, strict=True)):
+        return _resize_within(pixels, edges, width, height)
+    cut = pixels.crop(whole)
+    if cut.size == (width, height):
+        return np.asarray(cut).transpose(2, 0, 1)
+    # PyTorch resizes bytes in vector instructions, twice as fast as Pillow; pixels of four bytes, as they
+    # lie in Pillow's memory, are the quickest for both.
+    source = np.frombuffer(cut.tobytes("raw", "RGBX"), np.uint8).reshape(1, cut.height, cut.width, 4)
+    tensor = torch.from_numpy(source.copy()).permute(0, 3, 1, 2)
+    return F.interpolate(tensor, (height, width), mode="bilinear", antialias=True)[0, :3].numpy()
+
+
+def _resize_within(
+    pixels: Image.Image, edges: tuple[float, float, float, float], width: int, height: int
+) -> np.ndarray:
+    """As `_resize`, for edges anywhere; pixels outside, as far as the filter reaches, count too."""
+    left, top, right, bottom = edges
+    inside = (max(left, 0.0), max(top, 0.0), min(right, pixels.width), min(bottom, pixels.height))
+    array = np.asarray(pixels.resize((width, height), Image.Resampling.BILINEAR, inside))
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 
 def _check_inside(box: Box, width: int, height: int) -> None:
     left, top, across, down = box
-    inside = -_SLACK <= left <= left + across <= width + _SLACK
-    inside &= -_SLACK <= top <= top + down <= height + _SLACK
+    inside = -SLACK <= left <= left + across <= width + SLACK
+    inside &= -SLACK <= top <= top + down <= height + SLACK
     if not (inside and across > 0 and down > 0):
         raise ValueError(f"a crop must lie within the {width}×{height} picture, got {box}.")

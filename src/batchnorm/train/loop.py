@@ -143,9 +143,9 @@ class _Trainer:
         log = MetricsLog(self.folder / METRICS_FILE, events, self.step)
         report = ProgressReport(recipe.steps, self.step, shown=progress)
         with closing(log), report, _stop_requests() as requests:
-            batches = self.feed.training(self.step)
+            self._batches = self.feed.training(self.step)
             while self.step < recipe.steps:
-                self._take_step(*next(batches))
+                self._take_step()
                 self.step += 1
                 report.step(self.step)
                 if on_step is not None:
@@ -173,7 +173,8 @@ class _Trainer:
             files.write_bytes(path, to_safetensors(model.state_dict(), {"step": str(self.step)}))
         return TrainingResult(self.folder, model, self._scores(model))
 
-    def _take_step(self, x: Tensor, labels: Tensor) -> None:
+    def _take_step(self) -> None:
+        x, labels = next(self._batches)
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.rate_at(self.step)
         loss = self._loss(self.model(x), labels)
