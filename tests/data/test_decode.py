@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps, JpegImagePlugin
@@ -55,8 +56,11 @@ def taps(length, start, extent, size):
     return weights / weights.sum(axis=1, keepdims=True)
 
 
-def truth(picture, box, size):
-    """The box of a whole picture resized in float64, (3, size, size)."""
+def truth(picture, box, size, *, window=False):
+    """A box cut from a whole picture and resized in float64, (3, size, size); or a window of it resized."""
+    if not window and all(side == int(side) for side in box):
+        left, top, width, height = map(int, box)
+        picture, box = picture[top : top + height, left : left + width], Box(0, 0, width, height)
     height, width, _ = picture.shape
     rows = taps(height, box.top, box.height, size)
     columns = taps(width, box.left, box.width, size)
@@ -70,9 +74,9 @@ def assert_near(got, wanted, *, worst=1.0):
 
 
 PLACES = [
-    pytest.param(Box(13, 7, 90, 70), 32, id="shrunk"),
+    pytest.param(Box(13, 7, 90, 70), 36, id="shrunk"),
     pytest.param(Box(13, 7, 21, 30), 32, id="enlarged"),
-    pytest.param(Box(0, 0, 150, 101), 48, id="the whole picture"),
+    pytest.param(Box(0, 0, 150, 101), 51, id="the whole picture"),
     pytest.param(Box(150 - 41, 101 - 40, 41, 40), 39, id="bottom right"),
     pytest.param(Box(10.25, 3.5, 60.125, 77.0), 40, id="fractions of pixels"),
     pytest.param(Box(140.5, 0.0, 0.5, 0.25), 8, id="less than a pixel"),
@@ -80,9 +84,11 @@ PLACES = [
 
 
 @pytest.mark.parametrize(("box", "size"), PLACES)
+@pytest.mark.parametrize("grey", [False, True], ids=["colour", "grey"])
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF"])
-def test_a_box_is_resized_as_in_float64(box, size, format):
-    data = encode(scene(150, 101), format)
+def test_a_box_is_cut_and_resized_as_in_float64(box, size, format, grey):
+    pixels = scene(150, 101)
+    data = encode(pixels[..., 0] if grey else pixels, format)
     assert_near(read_crop(data, lambda *_: box, size), truth(upright(data), box, size))
 
 
@@ -111,11 +117,10 @@ def test_a_portrait_lying_on_its_side():
     pixels = np.zeros((64, 96, 3), np.uint8)
     pixels[32:, :32] = (255, 0, 0)
     data = encode(pixels, "PNG", orientation=6)
-    got = read_crop(data, lambda width, height: Box(0, 0, width, height), 6)
+    got = read_crop(data, lambda width, height: Box(0, 0, width, height - 32), 64)
     # Upright it is 64 wide and 96 high: red is the left half of the upper third.
-    np.testing.assert_array_equal(got[0, :2, :3], 255)
-    assert got[0].astype(int).sum() == 255 * 6
-    assert got[1:].max() == 0
+    np.testing.assert_array_equal(got[0, :32, :32], 255)
+    assert got.astype(int).sum() == 255 * 32 * 32
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 7])
@@ -137,6 +142,7 @@ def test_an_orientation_that_does_not_exist_is_none(orientation):
     )
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_damaged_notes_do_not_spoil_a_picture():
     exif = b"Exif\0\0II*\0\xff\xff\xff\xff" + b"\xff" * 20
     data = jpeg(scene(40, 30), exif=exif)
@@ -162,43 +168,67 @@ def drafts(monkeypatch):
 @pytest.mark.parametrize(
     ("box", "size", "decoded"),
     [
-        pytest.param(Box(0, 0, 799, 601), 100, (134, 101), id="of 6, not 4 to 8: a quarter"),
-        pytest.param(Box(3, 5, 512, 512), 64, (101, 76), id="exactly an eighth"),
-        pytest.param(Box(3, 5, 511, 512), 64, (201, 151), id="a pixel less"),
-        pytest.param(Box(3, 5, 512, 256), 128, (401, 301), id="the shorter side decides"),
-        pytest.param(Box(3, 5, 255, 600), 128, (801, 601), id="not even half"),
+        pytest.param(Box(0, 0, 601, 601), 100, (201, 151), id="of 6 the next smaller, 4"),
+        pytest.param(Box(3, 5, 512, 512), 64, (101, 68), id="exactly an eighth"),
+        pytest.param(Box(3, 5, 511, 512), 64, (201, 136), id="a pixel less"),
+        pytest.param(Box(3, 5, 512, 256), 128, (401, 140), id="the shorter side decides"),
+        pytest.param(Box(3, 1, 255, 600), 128, (801, 601), id="not even half"),
     ],
 )
-@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("orientation", [1, 5])
 def test_jpegs_are_decoded_no_larger_than_needed(drafts, box, size, decoded, orientation):
-    if orientation == 6:
+    if orientation == 5:
         box = Box(box.top, box.left, box.height, box.width)
-    if size == 100:
-        decoded = (201, 151)
     data = jpeg(scene(801, 601), orientation=orientation)
     got = read_crop(data, lambda *_: box, size)
     assert drafts == [decoded]
-    wanted = truth(upright(data), box, size)
-    # Averages of squares before the bilinear filter: a slightly softer picture, nowhere displaced.
-    assert np.abs(got - wanted).mean() < 1.0
-    assert abs((got - wanted).mean()) < 0.1
+    # The decoder's averages are a little sharper or softer than the filter, but nothing is displaced.
+    assert np.abs(got - truth(upright(data), box, size)).mean() < 1.0
 
 
 @pytest.mark.parametrize("reduction", [2, 4, 8])
 def test_reduced_pictures_are_not_displaced(reduction):
-    """A ramp of one level a pixel: a shift by a tenth of a pixel would show as a tenth of a level."""
+    """A ramp of one level a pixel: half a pixel of the result would be 1, 2 or 4 levels."""
     ramp = np.broadcast_to(np.arange(256, dtype=np.uint8)[None, :, None], (200, 256, 3))
     data = jpeg(np.ascontiguousarray(ramp), subsampling=0)
     size = 96 // reduction
-    box = Box(60, 50, 96, 96)
-    got = read_crop(data, lambda *_: box, size)
-    wanted = 60 + (np.arange(size) + 0.5) * reduction - 0.5
+    got = read_crop(data, lambda *_: Box(61, 50, 96, 96), size)
+    wanted = 61 + (np.arange(size) + 0.5) * reduction - 0.5
     np.testing.assert_allclose(got.mean(axis=(0, 1)), wanted, atol=0.6)
-    assert abs((got.mean(axis=(0, 1)) - wanted).mean()) < 0.1
 
 
-def rgb(image):
-    return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+@pytest.mark.parametrize("subsampling", [0, 1, 2], ids=["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_rows_below_a_crop_are_not_decoded(drafts, subsampling, orientation):
+    """And those above are the same to the bit, whatever the decoder takes from their neighbours."""
+    data = jpeg(scene(96, 200), subsampling=subsampling, restart_marker_rows=2, orientation=orientation)
+    picture = upright(data)
+    for lowest in (64, 65, 70, 90, 111, 150, 184, 199):
+        # Its lowest row in the file.
+        box = {
+            1: Box(3, lowest - 50, 50, 50),
+            3: Box(3, 200 - lowest, 50, 50),
+            6: Box(200 - lowest, 3, 50, 50),
+        }[orientation]
+        got = read_crop(data, lambda *_, box=box: box, 50)
+        left, top, _, _ = map(int, box)
+        np.testing.assert_array_equal(got, picture[top : top + 50, left : left + 50].transpose(2, 0, 1))
+    # Two rows more, as resizing may look a pixel further, and 16 to spare; the first is the whole picture.
+    assert [height for _, height in drafts] == [200, 82, 83, 88, 108, 129, 168, 200, 200]
+
+
+@pytest.mark.parametrize(
+    ("options", "tail"),
+    [
+        pytest.param({"progressive": True}, b"", id="progressive"),
+        pytest.param({}, b"\0", id="something behind its end"),
+    ],
+)
+def test_other_jpegs_are_decoded_to_the_end(drafts, options, tail):
+    data = jpeg(scene(96, 200), **options) + tail
+    got = read_crop(data, lambda *_: Box(0, 0, 50, 50), 50)
+    assert drafts == [(96, 200)]
+    np.testing.assert_array_equal(got, upright(data)[:50, :50].transpose(2, 0, 1))
 
 
 def png(color_type, depth, rows, *extra, width=None, height=None):
@@ -470,53 +500,83 @@ def test_no_crops():
 
 @pytest.fixture
 def resizes(monkeypatch):
-    """The sizes to which pictures were resized."""
-    sizes, resize = [], Image.Image.resize
+    """Widths and heights to which pictures were resized."""
+    sizes, resize, interpolate = [], Image.Image.resize, F.interpolate
 
-    def noted(image, size, *arguments):
+    def noted_resize(image, size, *arguments):
         sizes.append(size)
         return resize(image, size, *arguments)
 
-    monkeypatch.setattr(Image.Image, "resize", noted)
+    def noted_interpolate(tensor, size, **options):
+        sizes.append(size[::-1])
+        return interpolate(tensor, size, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", noted_resize)
+    monkeypatch.setattr(F, "interpolate", noted_interpolate)
     return sizes
 
 
+SCALES_OF_LANDSCAPE = [(341, 256), (384, 288), (427, 320), (469, 352)]
+
+
+@pytest.mark.parametrize("grey", [False, True], ids=["colour", "grey"])
 @pytest.mark.parametrize("orientation", [1, 6, 7])
-def test_144_crops_share_their_work(resizes, drafts, orientation):
+def test_144_crops_share_their_work(resizes, drafts, orientation, grey):
     stored = (500, 375) if orientation == 1 else (375, 500)
-    data = jpeg(scene(*stored), orientation=orientation)
+    pixels = scene(*stored)
+    data = jpeg(pixels[..., 0] if grey else pixels, orientation=orientation)
     crops = read_crops(data, lambda width, height: evaluation_crops(width, height, 144), 224)
     assert drafts == [stored]
-    scales = [(341, 256), (384, 288), (427, 320), (469, 352)]
-    turned = scales if orientation == 1 else [size[::-1] for size in scales]
-    assert sorted(resizes) == sorted([(224, 224)] * 12 + turned)
+    scales = SCALES_OF_LANDSCAPE if orientation == 1 else [size[::-1] for size in SCALES_OF_LANDSCAPE]
+    assert sorted(resizes) == sorted([(224, 224)] * 12 + scales)
 
     picture = upright(data)
     chosen = evaluation_crops(500, 375, 144)
     for number in (0, 9, 10, 23, 47, 70, 100, 131, 143):
-        box, mirrored = chosen[number]
-        wanted = truth(picture, box, 224)
+        box, mirrored, resized = chosen[number]
+        wanted = truth(picture, box, 224, window=resized is not None)
         assert_near(crops[number], wanted[:, :, ::-1] if mirrored else wanted)
 
 
-def test_crops_are_those_of_the_resized_picture():
-    """As everyone else does it: the whole picture resized, then cut."""
+@pytest.mark.parametrize("num", [1, 10])
+def test_crops_are_cut_from_the_resized_picture(resizes, num):
+    """As everyone else does it."""
     data = jpeg(scene(500, 375))
-    crops = read_crops(data, lambda width, height: evaluation_crops(width, height, 10), 224)
+    crops = read_crops(data, lambda width, height: evaluation_crops(width, height, num), 224)
+    assert resizes == [(341, 256)]
+    places = [(58, 16)] if num == 1 else [(0, 0), (117, 0), (0, 32), (117, 32), (58, 16)]
     whole = np.asarray(Image.fromarray(upright(data)).resize((341, 256), Image.Resampling.BILINEAR))
-    for number, (left, top) in enumerate([(0, 0), (117, 0), (0, 32), (117, 32), (58, 16)]):
-        cut = whole[top : top + 224, left : left + 224].transpose(2, 0, 1)
-        np.testing.assert_array_equal(crops[2 * number], cut)
-        np.testing.assert_array_equal(crops[2 * number + 1], cut[:, :, ::-1])
+    for number, (left, top) in enumerate(places):
+        cut = whole[top : top + 224, left : left + 224].transpose(2, 0, 1).astype(int)
+        assert_near(crops[number if num == 1 else 2 * number], cut)
+    if num == 10:
+        np.testing.assert_array_equal(crops[1::2], crops[::2, :, :, ::-1])
 
 
-def test_boxes_that_fit_no_common_picture_are_resized_each(resizes):
-    boxes = [Box(0, 0, 50, 50), Box(10.5, 0, 50, 50), Box(0, 0, 40, 50)]
-    data = jpeg(scene(100, 80))
-    crops = read_crops(data, lambda *_: boxes, 25)
-    assert resizes == [(25, 25)] * 3
-    for crop, box in zip(crops, boxes, strict=True):
-        assert_near(crop, truth(upright(data), box, 25))
+def test_windows_far_apart_are_resized_by_themselves(resizes):
+    """Of 4000×100 resized whole, 10,240×256, most would not be seen."""
+    data = encode(scene(4000, 100), "PNG")
+    crops = read_crops(data, lambda width, height: evaluation_crops(width, height, 10), 224)
+    assert resizes == [(224, 224)] * 5
+    picture = upright(data)
+    for crop, (box, mirrored, _) in zip(crops, evaluation_crops(4000, 100, 10), strict=True):
+        wanted = truth(picture, box, 224, window=True)
+        assert_near(crop, wanted[:, :, ::-1] if mirrored else wanted)
+
+
+def test_windows_of_a_reduced_picture(drafts):
+    """801×601 halved shows 400.5×300.5 pixels, not 401×301: the far corner must not be displaced."""
+    # Waves with ten levels a pixel on their flanks.
+    x, y = np.sin(np.arange(801) * (2 * np.pi / 40)), np.sin(np.arange(601) * (2 * np.pi / 40))
+    waves = (128 + 60 * (x + y[:, None])).astype(np.uint8)
+    data = jpeg(np.stack([waves] * 3, axis=-1))
+    crops = read_crops(data, lambda width, height: evaluation_crops(width, height, 10), 224)
+    assert drafts == [(401, 301)]
+    picture = upright(data)
+    for crop, (box, mirrored, _) in zip(crops, evaluation_crops(801, 601, 10), strict=True):
+        wanted = truth(picture, box, 224, window=True)
+        wanted = wanted[:, :, ::-1] if mirrored else wanted
+        assert np.abs(crop - wanted).mean() < 1.0
 
 
 @pytest.fixture(scope="module")
@@ -530,9 +590,9 @@ def photographs(real_data):
 
 
 def test_photographs(photographs):
-    """Random crops of real pictures, by the size at which they were decoded."""
+    """Random crops of real pictures, decoded in full and reduced."""
     rng = np.random.default_rng(0)
-    reduced = 0
+    off = []
     for data in photographs:
         picture = upright(data)
         height, width, _ = picture.shape
@@ -543,9 +603,10 @@ def test_photographs(photographs):
             if min(box.width, box.height) < 2 * size:
                 assert_near(got, wanted)
             else:
-                reduced += 1
-                assert np.abs(got - wanted).mean() < 3.0
-    assert reduced > 50
+                off.append(np.abs(got - wanted).mean())
+    assert len(off) > 50
+    assert np.median(off) < 1.5
+    assert max(off) < 8
 
 
 def test_nothing_of_another_format_is_tried():

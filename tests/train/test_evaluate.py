@@ -12,9 +12,9 @@ from batchnorm.data import ImageData, to_input
 from batchnorm.train import bn_mlp, evaluate_runs, mlp, predictions, train
 from batchnorm.train.build import build_model
 from batchnorm.train.evaluate import score
-from batchnorm.train.feed import MemoryFeed
+from batchnorm.train.feed import MemoryFeed, Part
 from batchnorm.train.metrics import read_metrics
-from batchnorm.train.predictions import log_probabilities
+from batchnorm.train.predictions import predict
 from batchnorm.train.statistics import with_population_statistics
 
 CPU = torch.device("cpu")
@@ -46,8 +46,9 @@ def test_loss_of_a_hopeless_network_is_not_capped():
         def forward(self, x):
             return torch.tensor([0.0, 1e30]).expand(len(x), 2)
 
-    said = log_probabilities(Far().eval(), [[torch.zeros(2, 2, 2)], [torch.zeros(1, 2, 2)]])
-    assert score(said, np.zeros(3, np.int64)).loss == pytest.approx(1e30, rel=1e-6)
+    parts = [Part(iter([torch.zeros(n, 2, 2)]), np.zeros(n, np.int64)) for n in (2, 1)]
+    said = predict(Far().eval(), parts)
+    assert score(said.log_probabilities, said.labels).loss == pytest.approx(1e30, rel=1e-6)
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ def images(seed=0, name="noise"):
     return ImageData(name, train, np.arange(6), test, np.arange(2), tuple("abcdef"))
 
 
-DATA = data_facts(images())
+DATA = data_facts(images(), mlp())
 
 
 def start(folder, recipe=None, data=None):
@@ -34,7 +34,7 @@ def start(folder, recipe=None, data=None):
 def test_new_folder_is_made_and_says_what_it_is(tmp_path):
     folder = tmp_path / "deep" / "run"
     start(folder, bn_mlp())
-    assert read_run(folder) == (bn_mlp(), data_facts(images()))
+    assert read_run(folder) == (bn_mlp(), data_facts(images(), mlp()))
     assert json.loads((folder / "environment.json").read_text()) == environment(CPU)
     assert sorted(p.name for p in folder.iterdir()) == ["environment.json", "recipe.json", "run.lock"]
 

@@ -264,7 +264,10 @@ def _loader_tables(found: Mapping[str, Any]) -> list[Table]:
     ratios = Table("", "", title="Speed-up", show_header=False)
     for name, ratio in found["ratios"].items():
         ratios.add_row(name, f"{ratio:.2f}")
-    ratios.caption = f"medians; in brackets above: quartiles; pixels differ by {found['difference_levels']:.2f} of 255 levels"
+    ratios.caption = (
+        "medians; in brackets above: quartiles; "
+        f"pixels differ by {found['difference_levels']:.2f} of 255 levels"
+    )
     return [rates, ratios]
 
 

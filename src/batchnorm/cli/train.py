@@ -11,9 +11,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from batchnorm.data import load
+from batchnorm.data import SOURCES, load, open_images
 from batchnorm.kernels import keep_freed_memory
 from batchnorm.train import RECIPES, InceptionRecipe, Recipe, describe, get_recipe, train
+from batchnorm.train.feed import Data
 from batchnorm.train.recipes import Scale
 
 DESCRIPTION = """\
@@ -41,8 +42,11 @@ class TrainOptions:
     out: Path | None = None
     """Folder of the run: new, empty, or holding the run to go on with. Needed to train."""
     data: str | None = None
-    """Data source: digits, mnist, fashion-mnist or cifar10. By default digits, which come with
+    """Data source: digits, mnist, fashion-mnist or cifar10; a folder with train/CLASS/*.jpg and
+    val/CLASS/*.jpg; or shards, …/train-{000000..000146}.tar. By default digits, which come with
     scikit-learn, or what --scale names."""
+    workers: int | None = None
+    """Processes that decode images on disk (default: one for each core but one)."""
     data_dir: Path | None = None
     """Folder with the data's files; else the one BATCHNORM_DATA names, else a cache to download to."""
     scale: Scale = "imagenet"
@@ -74,21 +78,33 @@ def run(argv: list[str]) -> None:
             "--out is needed: the folder where the run shall be, new or holding the run to go on with."
         )
     keep_freed_memory()
-    data = load(
-        arguments.data or _default_data(recipe, arguments.scale),
-        arguments.data_dir,
-        progress=arguments.progress,
-    )
+    source = arguments.data or _default_data(recipe, arguments.scale)
+    data = _open(source, arguments.data_dir, progress=arguments.progress)
     if arguments.progress:
         _tell_scale(argv, recipe, arguments.scale)
     result = train(
-        recipe, data, arguments.out, progress=arguments.progress, tensorboard=arguments.tensorboard
+        recipe,
+        data,
+        arguments.out,
+        progress=arguments.progress,
+        tensorboard=arguments.tensorboard,
+        num_workers=arguments.workers,
     )
+    if result.bad_images:
+        listed = "".join(f"\n  {name}" for name in result.bad_images)
+        sys.stderr.write(f"batchnorm: {len(result.bad_images)} bad images were left out:{listed}\n")
     scores = result.scores
     sys.stdout.write(
         f"{arguments.out}: top-1 {scores.top1:.2%}, top-5 {scores.top5:.2%}, loss {scores.loss:.4f} "
         f"on {scores.num_examples} test images; weights in {arguments.out / 'model.safetensors'}\n"
     )
+
+
+def _open(source: str, data_dir: Path | None, *, progress: bool) -> Data:
+    if source in SOURCES or not ("/" in source or Path(source).is_dir()):
+        return load(source, data_dir, progress=progress)
+    # Absolute, so that the run can be evaluated from anywhere.
+    return open_images(Path(source).expanduser().absolute())
 
 
 def _scale(argv: list[str]) -> Scale:
@@ -101,7 +117,7 @@ def _scale(argv: list[str]) -> Scale:
 
 
 def _arguments_type(scale: Scale) -> type:
-    by_name = tyro.extras.subcommand_type_from_defaults(
+    by_name: Any = tyro.extras.subcommand_type_from_defaults(
         {name: get_recipe(name, scale) for name in RECIPES},
         {name: (inspect.getdoc(_function(recipe)) or "").splitlines()[0] for name, recipe in RECIPES.items()},
         prefix_names=False,

@@ -1,6 +1,6 @@
 """Image data by name, and the order in which training sees it."""
 
-from batchnorm.data.augment import crop_batch, distort, shift_and_mirror, standardize
+from batchnorm.data.augment import crop_batch, crop_each, distort, shift_and_mirror, standardize
 from batchnorm.data.batches import (
     Shuffle,
     batch_indices,
@@ -10,24 +10,31 @@ from batchnorm.data.batches import (
     to_input,
 )
 from batchnorm.data.crops import Box, Crop, evaluation_crops, random_area_box
+from batchnorm.data.folders import ImageFiles, open_images
 from batchnorm.data.sources import SOURCES, ImageData, load
+from batchnorm.data.stream import evaluation_stream, training_stream
 
 __all__ = [
     "SOURCES",
     "Box",
     "Crop",
     "ImageData",
+    "ImageFiles",
     "Shuffle",
     "batch_indices",
     "crop_batch",
+    "crop_each",
     "distort",
     "epoch_order",
     "evaluation_crops",
+    "evaluation_stream",
     "load",
+    "open_images",
     "random_area_box",
     "shift_and_mirror",
     "shuffled_order",
     "standardize",
     "step_indices",
     "to_input",
+    "training_stream",
 ]

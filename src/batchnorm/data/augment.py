@@ -1,9 +1,11 @@
 """Random changes of training images, made on the whole batch: a function of the images and a generator."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from batchnorm.data.crops import Crop
+from batchnorm.data.crops import Box, Crop
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of red, green and blue over ImageNet's training images, on the scale from 0 to 1."""
@@ -70,24 +72,30 @@ def distort(images: Tensor, generator: torch.Generator, *, strength: float = 1.0
 
 
 def crop_batch(levels: Tensor, crop: Crop, size: int) -> Tensor:
-    """One crop of every image, resized bilinearly.
+    """The same crop of every image, resized bilinearly.
 
     Args:
         levels: Shape (N, 3, H, W), floating point, any device.
-        crop: In their pixels; for enlarging, or for reducing by less than two, as it does not average.
+        crop: In their pixels. For enlarging, or reducing by less than two: nothing is averaged.
         size: Side of the result, pixels.
 
     Returns:
         Shape (N, 3, size, size).
     """
-    (left, top, across, down), mirrored = crop
+    return crop_each(levels, [crop.box] * len(levels), [crop.mirrored] * len(levels), size)
+
+
+def crop_each(levels: Tensor, boxes: Sequence[Box], mirrored: Sequence[bool], size: int) -> Tensor:
+    """A crop of its own for each image; see `crop_batch`."""
+    left, top, across, down = torch.tensor(boxes, dtype=levels.dtype, device=levels.device).T[..., None]
     height, width = levels.shape[-2:]
     places = (torch.arange(size, device=levels.device, dtype=levels.dtype) + 0.5) / size
+    flip = torch.tensor(mirrored, device=levels.device)[:, None]
     # grid_sample has the picture from -1 to 1.
-    x = 2 * (left + across * (places.flip(0) if mirrored else places)) / width - 1
+    x = 2 * (left + across * torch.where(flip, 1 - places, places)) / width - 1
     y = 2 * (top + down * places) / height - 1
-    grid = torch.stack([x.expand(size, size), y[:, None].expand(size, size)], -1)
-    grid = grid.expand(len(levels), size, size, 2)
+    shape = (len(levels), size, size)
+    grid = torch.stack([x[:, None, :].expand(shape), y[:, :, None].expand(shape)], -1)
     return torch.nn.functional.grid_sample(levels, grid, padding_mode="border", align_corners=False)
 
 

@@ -39,6 +39,10 @@ SPARE_AREA = 3
 """A picture is resized whole for its windows unless that is more than this often their area."""
 
 
+_BEFORE_FRAME = {0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE}
+"""Markers of tables, of the restart interval, of applications and comments."""
+
+
 class BadImage(ValueError):
     """These bytes are no picture, or not all of it."""
 
@@ -237,15 +241,9 @@ def _without_rows_below(
 def _height_field(data: bytes) -> int | None:
     """Where a baseline JPEG notes its height; None in other kinds. Source: ITU-T T.81, annex B."""
     at = 2
-    while at + 9 < len(data) and data[at] == 0xFF:
-        marker = data[at + 1]
-        if marker == 0xC0:
-            return at + 5
-        # Any other kind of frame, the pixels themselves, or what has no length.
-        if 0xC1 <= marker <= 0xC3 or 0xC5 <= marker <= 0xCF and marker not in (0xC8, 0xCC) or marker == 0xDA:
-            return None
+    while at + 9 < len(data) and data[at] == 0xFF and data[at + 1] in _BEFORE_FRAME:
         at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return None
+    return at + 5 if data[at : at + 2] == b"\xff\xc0" else None
 
 
 def _grey_or_rgb(image: Image.Image) -> Image.Image:
@@ -299,12 +297,12 @@ def _resize(
     pixels: Image.Image, edges: tuple[float, float, float, float], width: int, height: int
 ) -> np.ndarray:
     """Cut at these edges (left, top, right, bottom) and resized: uint8 of shape (bands, height, width)."""
-    whole = tuple(round(edge) for edge in edges)
-    if pixels.mode != "RGB" or any(abs(a - b) > SLACK for a, b in zip(edges, whole, strict=True)):
+    left, top, right, bottom = (round(edge) for edge in edges)
+    if any(abs(a - b) > SLACK for a, b in zip(edges, (left, top, right, bottom), strict=True)):
         return _resize_within(pixels, edges, width, height)
-    cut = pixels.crop(whole)
-    if cut.size == (width, height):
-        return np.asarray(cut).transpose(2, 0, 1)
+    cut = pixels.crop((left, top, right, bottom))
+    if cut.mode == "L" or cut.size == (width, height):
+        return _resize_within(cut, (0, 0, *cut.size), width, height)
     # PyTorch resizes bytes in vector instructions, twice as fast as Pillow; pixels of four bytes, as they
     # lie in Pillow's memory, are the quickest for both.
     source = np.frombuffer(cut.tobytes("raw", "RGBX"), np.uint8).reshape(1, cut.height, cut.width, 4)

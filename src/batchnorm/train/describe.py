@@ -1,5 +1,6 @@
 """What a recipe builds: every stage of its network with its output's shape and its parameters."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -66,7 +67,9 @@ def describe(recipe: InceptionRecipe, num_classes: int) -> list[Stage]:
     ]
 
 
-def _note(shapes: dict[str, tuple[int, ...]], name: str):  # type: ignore[no-untyped-def]
+def _note(
+    shapes: dict[str, tuple[int, ...]], name: str
+) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
     def hook(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
         shapes[name] = tuple(output.shape[1:])
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from batchnorm.train.feed import Crops
+from batchnorm.train.inputs import Crops
 from batchnorm.train.predictions import mean_log_probabilities, run_predictions
 
 
@@ -60,6 +60,7 @@ def evaluate_runs(
     checkpoint: str | None = None,
     crops: Crops = 1,
     per_class: bool = False,
+    num_workers: int | None = None,
 ) -> list[RunScores]:
     """Test-set scores of each run, and of all together when there are several.
 
@@ -73,6 +74,7 @@ def evaluate_runs(
             computed afresh; None the finished run's model.
         crops: Views of each image: 1, 10 or 144.
         per_class: Whether to tell the accuracy of each class, too.
+        num_workers: Processes that decode images on disk; None is one for each core but one.
 
     Raises:
         FileNotFoundError: A folder is no run, is not finished, or has no such checkpoint.
@@ -93,14 +95,16 @@ def evaluate_runs(
         results.append(RunScores(name, score(predictions, labels), of_each))
 
     for folder in map(Path, runs):
-        predictions, data = run_predictions(folder, data_dir=data_dir, checkpoint=checkpoint, crops=crops)
-        if labels is not None and not np.array_equal(labels, data.test_labels):
+        found, data = run_predictions(
+            folder, data_dir=data_dir, checkpoint=checkpoint, crops=crops, num_workers=num_workers
+        )
+        if labels is not None and not np.array_equal(labels, found.labels):
             raise ValueError(
                 f"{folder} was trained on other data ({data.name}) than {runs[0]}: no ensemble of both."
             )
-        labels, classes = data.test_labels, data.classes
-        members.append(predictions)
-        add(str(folder), predictions, labels)
+        labels, classes = found.labels, data.classes
+        members.append(found.log_probabilities)
+        add(str(folder), found.log_probabilities, labels)
     if len(members) > 1 and labels is not None:
         add(f"ensemble of {len(members)}", mean_log_probabilities(torch.stack(members)), labels)
     return results

@@ -1,7 +1,8 @@
-"""What training and evaluation are fed with: data in memory, made into a network's input as a recipe says."""
+"""What training and evaluation are fed with: data in memory, or images that are decoded on the way."""
 
+import os
 from collections.abc import Iterator
-from typing import Literal
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -9,28 +10,86 @@ from torch import Tensor
 
 from batchnorm.data import (
     ImageData,
-    crop_batch,
-    distort,
+    ImageFiles,
     epoch_order,
-    evaluation_crops,
-    shift_and_mirror,
-    standardize,
+    evaluation_stream,
     step_indices,
-    to_input,
+    training_stream,
 )
+from batchnorm.train.inputs import Crops, evaluation_input, training_input, views
 from batchnorm.train.recipe import InceptionRecipe, MLPRecipe, Recipe
 
-Crops = Literal[1, 10, 144]
-"""Views of an image whose predictions are averaged."""
+Data = ImageData | ImageFiles
 
 BATCH = 1000
 """Small grey images evaluated at once; with fixed statistics this has no influence on the result."""
 BATCH_COLOUR = 250
-"""Likewise of colour images, through a network with many activations."""
+"""Likewise of small colour images, through a network with many activations."""
+BATCH_FILES = 32
+"""Likewise of images that are decoded on the way."""
+
+
+class Part(NamedTuple):
+    """Some images of the test set."""
+
+    views: Iterator[Tensor]
+    """Inputs of the network, one for each view, of shape (N, …) each."""
+    labels: np.ndarray
+    """int64, shape (N,)."""
+
+
+class Feed(Protocol):
+    """Where the trainer's batches come from."""
+
+    statistics_method: str
+    """How `batchnorm.recalibrate` shall use `statistics`."""
+
+    def training(self, start_step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Input and labels of every step from ``start_step`` on."""
+
+    def statistics(self) -> Iterator[Tensor]:
+        """Input from the training set for population statistics: a fixed choice."""
+
+    def test(self, crops: Crops = 1, num_examples: int = 0) -> Iterator[Part]:
+        """Views of the test set.
+
+        Args:
+            crops: Of each image.
+            num_examples: The first so many; 0 for all.
+        """
+
+    @property
+    def bad_images(self) -> list[str]:
+        """Names of images that could not be decoded so far, and why."""
+
+
+def feed_of(recipe: Recipe, data: Data, device: torch.device, num_workers: int | None = None) -> Feed:
+    """What a recipe's training on some data is fed with.
+
+    Args:
+        recipe: Order, batch size, random changes.
+        data: In memory or on disk.
+        device: Where batches shall be.
+        num_workers: Processes that decode images on disk; None is one for each core but one, and 0 decodes
+            in this process.
+
+    Raises:
+        ValueError: Recipe and data do not fit.
+    """
+    if isinstance(data, ImageData):
+        return MemoryFeed(recipe, data, device)
+    if not isinstance(recipe, InceptionRecipe) or recipe.crops != "area":
+        raise ValueError(
+            "images on disk have all sizes and are cut by area: use an Inception recipe with crops area, "
+            f"not {recipe.model}."
+        )
+    if num_workers is None:
+        num_workers = max(1, len(os.sched_getaffinity(0)) - 1)
+    return FilesFeed(recipe, data, device, num_workers)
 
 
 class MemoryFeed:
-    """Batches of a data set that fits into the device's memory: these need no loader, and no loader's state.
+    """Batches of a data set that fits into the device's memory: these need no loader.
 
     Args:
         recipe: Order, batch size, random changes.
@@ -43,42 +102,36 @@ class MemoryFeed:
         self._images = torch.from_numpy(data.train_images).to(device)
         self._labels = torch.from_numpy(data.train_labels).to(device)
         self._test_images = torch.from_numpy(data.test_images).to(device)
-        self.test_labels = data.test_labels
+        self._test_labels = data.test_labels
         # Exact moments take a pass for each layer; pooled ones of large batches take one for all of seventy.
         self.statistics_method = "exact" if isinstance(recipe, MLPRecipe) else "pooled"
+        self.bad_images: list[str] = []
+        self._at_once = BATCH if isinstance(recipe, MLPRecipe) else BATCH_COLOUR
         num = len(data.train_images)
         self._shards = np.append(np.arange(0, num, recipe.shard_size), num)
-        self._batch(0)  # A batch that never fits fails here.
+        self._indices(0)  # A batch that never fits fails here.
 
-    def _batch(self, step: int) -> Tensor:
+    def _indices(self, step: int) -> Tensor:
         recipe = self.recipe
         num = len(self._images)
         return step_indices(step, recipe.batch_size, num, recipe.seed, self._shards, recipe.shuffle)[1]
 
     def training(self, start_step: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Input and labels of every step from ``start_step`` on, without end."""
-        for step in range(start_step, 2**62):
-            indices = self._batch(step).to(self._images.device)
+        """As `Feed.training`."""
+        for step in range(start_step, self.recipe.steps):
+            indices = self._indices(step).to(self._images.device)
             yield training_input(self.recipe, self._images[indices], step), self._labels[indices]
 
     def statistics(self) -> Iterator[Tensor]:
-        """Input from the training set as evaluation sees it, for population statistics: a fixed choice."""
+        """Training images as evaluation sees them, the first of an epoch's order."""
         recipe, num = self.recipe, len(self._images)
         num_examples = min(recipe.recalibrate_examples or num, num)
         chosen = epoch_order(0, num, recipe.seed)[:num_examples].to(self._images.device)
-        for part in chosen.split(_at_once(recipe)):
+        for part in chosen.split(self._at_once):
             yield evaluation_input(recipe, self._images[part])
 
-    def test(self, crops: Crops = 1, num_examples: int = 0) -> Iterator[Iterator[Tensor]]:
-        """Views of the whole test set, in the order of ``test_labels``.
-
-        Args:
-            crops: Views of each image. 1 is the image as it is, which has the network's size already;
-                10 and 144 are the paper's, in proportion (`batchnorm.data.evaluation_crops`).
-            num_examples: The first so many; 0 for all.
-
-        Yields:
-            For each part of the set its views one after the other.
+    def test(self, crops: Crops = 1, num_examples: int = 0) -> Iterator[Part]:
+        """As `Feed.test`. One crop is the image as it is, which has the network's size already.
 
         Raises:
             ValueError: Several crops for a network that cannot see them.
@@ -86,51 +139,80 @@ class MemoryFeed:
         recipe = self.recipe
         if crops != 1 and not isinstance(recipe, InceptionRecipe):
             raise ValueError(f"{recipe.model} sees whole images only: use 1 crop, not {crops}.")
-        for part in self._test_images[: num_examples or None].split(_at_once(recipe)):
-            yield _views(recipe, part, crops)
+        for start in range(0, num_examples or len(self._test_labels), self._at_once):
+            part = slice(start, min(start + self._at_once, num_examples or len(self._test_labels)))
+            yield Part(views(recipe, self._test_images[part], crops), self._test_labels[part])
 
 
-def _views(recipe: Recipe, images: Tensor, crops: Crops) -> Iterator[Tensor]:
-    if crops == 1:
-        yield evaluation_input(recipe, images)
-        return
-    height, width = images.shape[-2:]
-    levels = to_input(images)
-    for crop in evaluation_crops(width, height, crops, width):
-        yield standardize(crop_batch(levels, crop, width)).contiguous(memory_format=torch.channels_last)
-
-
-def evaluation_input(recipe: Recipe, images: Tensor) -> Tensor:
-    """What the recipe's network is fed with: float32 from uint8 images, nothing random.
+class FilesFeed:
+    """Batches of images that worker processes decode.
 
     Args:
-        recipe: Of either kind.
-        images: uint8, (N, H, W) in grey or (N, 3, H, W) in colour.
+        recipe: Order, batch size, random changes.
+        data: Where the images are.
+        device: Where batches shall be.
+        num_workers: Processes that decode.
     """
-    if isinstance(recipe, MLPRecipe):
-        return to_input(images, binarize=recipe.binarize)
-    return standardize(to_input(images)).contiguous(memory_format=torch.channels_last)
 
+    def __init__(
+        self, recipe: InceptionRecipe, data: ImageFiles, device: torch.device, num_workers: int
+    ) -> None:
+        self.recipe, self._data, self._device, self._num_workers = recipe, data, device, num_workers
+        self.statistics_method = "pooled"
+        self.bad_images: list[str] = []
 
-def training_input(recipe: Recipe, images: Tensor, step: int) -> Tensor:
-    """Like `evaluation_input`, with the recipe's random changes: a function of seed and step.
+    def training(self, start_step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """As `Feed.training`."""
+        for step, images, labels in self._steps(start_step, self.recipe.steps - start_step):
+            yield training_input(self.recipe, images, step, cropped=True), labels
 
-    Args:
-        recipe: Of either kind.
-        images: As above; where the recipe's crops are by area, they are cropped and mirrored already.
-        step: Counted from 0.
-    """
-    if not isinstance(recipe, InceptionRecipe):
-        return evaluation_input(recipe, images)
-    mixed = np.random.SeedSequence([recipe.seed, step, 1]).generate_state(1, np.uint64)[0]
-    generator = torch.Generator().manual_seed(int(mixed >> 1))
-    if recipe.crops == "shift":
-        images = shift_and_mirror(images, generator, reach=images.shape[-1] // 8, mirror=recipe.mirror)
-    levels = to_input(images)
-    if recipe.distortion:
-        levels = distort(levels, generator, strength=recipe.distortion)
-    return standardize(levels).contiguous(memory_format=torch.channels_last)
+    def statistics(self) -> Iterator[Tensor]:
+        """The first mini-batches of training, cropped likewise and not distorted."""
+        num_examples = self.recipe.recalibrate_examples or len(self._data.train)
+        num_steps = max(1, min(num_examples, len(self._data.train)) // self.recipe.batch_size)
+        for _, images, _ in self._steps(0, num_steps):
+            yield evaluation_input(self.recipe, images)
 
+    def _steps(self, start_step: int, num_steps: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        recipe = self.recipe
+        with training_stream(
+            self._data.train,
+            start_step=start_step,
+            num_steps=num_steps,
+            batch_size=recipe.batch_size,
+            size=recipe.image_size,
+            seed=recipe.seed,
+            shuffle=recipe.shuffle,
+            mirror=recipe.mirror,
+            num_workers=self._num_workers,
+            pin_memory=self._device.type == "cuda",
+        ) as stream:
+            for step, batch in enumerate(stream, start=start_step):
+                self._note(stream.bad)
+                yield step, batch.images.to(self._device, non_blocking=True), batch.labels.to(self._device)
 
-def _at_once(recipe: Recipe) -> int:
-    return BATCH if isinstance(recipe, MLPRecipe) else BATCH_COLOUR
+    def test(self, crops: Crops = 1, num_examples: int = 0) -> Iterator[Part]:
+        """As `Feed.test`, without images that cannot be decoded."""
+        left = num_examples or len(self._data.val)
+        with evaluation_stream(
+            self._data.val,
+            size=self.recipe.image_size,
+            crops=crops,
+            batch_size=BATCH_FILES,
+            num_workers=self._num_workers,
+            pin_memory=self._device.type == "cuda",
+        ) as stream:
+            for batch in stream:
+                self._note(stream.bad)
+                images, labels = batch.images[:left], batch.labels[:left].numpy()
+                left -= len(labels)
+                yield Part(self._views(images), labels)
+                if left <= 0:
+                    return
+
+    def _views(self, images: Tensor) -> Iterator[Tensor]:
+        for view in images.unbind(1):
+            yield evaluation_input(self.recipe, view.to(self._device, non_blocking=True))
+
+    def _note(self, bad: list[str]) -> None:
+        self.bad_images += [name for name in bad if name not in self.bad_images]

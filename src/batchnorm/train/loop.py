@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm import files
-from batchnorm.data import ImageData
 from batchnorm.train.build import build_model, build_optimizer, process_settings, resolve_device
 from batchnorm.train.checkpoint import (
     Checkpoint,
@@ -25,11 +24,19 @@ from batchnorm.train.checkpoint import (
     to_safetensors,
 )
 from batchnorm.train.evaluate import Scores, score
-from batchnorm.train.feed import MemoryFeed
+from batchnorm.train.feed import Data, Feed, feed_of
 from batchnorm.train.metrics import MetricsLog, ProgressReport, cut_metrics
-from batchnorm.train.predictions import log_probabilities
+from batchnorm.train.predictions import predict
 from batchnorm.train.recipe import InceptionRecipe, Recipe
-from batchnorm.train.run import CHECKPOINTS, METRICS_FILE, MODEL_FILE, TENSORBOARD, load_model, open_run
+from batchnorm.train.run import (
+    CHECKPOINTS,
+    METRICS_FILE,
+    MODEL_FILE,
+    TENSORBOARD,
+    image_shape,
+    load_model,
+    open_run,
+)
 from batchnorm.train.statistics import with_population_statistics
 
 
@@ -58,15 +65,18 @@ class TrainingResult:
     """The network with population statistics, in evaluation mode, on the training device."""
     scores: Scores
     """Its result on the test set."""
+    bad_images: tuple[str, ...] = ()
+    """Names of images that could not be decoded and were left out, and why."""
 
 
 def train(
     recipe: Recipe,
-    data: ImageData,
+    data: Data,
     out: str | Path,
     *,
     progress: bool = True,
     tensorboard: bool = True,
+    num_workers: int | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> TrainingResult:
     """Train by a recipe, from the start or from where a run in `out` stopped.
@@ -81,6 +91,8 @@ def train(
         out: Folder of the run; docs/training.md tells what it holds.
         progress: Report on standard error.
         tensorboard: Write TensorBoard events beside metrics.jsonl.
+        num_workers: Processes that decode images on disk; None is one for each core but one, and 0 decodes in
+            this process. Of no account for data in memory, and never for the result.
         on_step: Called after each step with the number of steps taken so far.
 
     Returns:
@@ -94,7 +106,7 @@ def train(
         OSError: The disk refused; earlier checkpoints are whole.
     """
     device = resolve_device(recipe.device)
-    feed = MemoryFeed(recipe, data, device)
+    feed = feed_of(recipe, data, device, num_workers)
     with process_settings(recipe, device), open_run(Path(out), recipe, data, device) as folder:
         trainer = _Trainer(recipe, data, feed, folder, device)
         if not (folder / MODEL_FILE).exists():
@@ -106,11 +118,9 @@ def train(
 class _Trainer:
     """Everything that changes from step to step, and what it takes to save and restore it."""
 
-    def __init__(
-        self, recipe: Recipe, data: ImageData, feed: MemoryFeed, folder: Path, device: torch.device
-    ) -> None:
+    def __init__(self, recipe: Recipe, data: Data, feed: Feed, folder: Path, device: torch.device) -> None:
         self.recipe, self.feed, self.folder, self.device = recipe, feed, folder, device
-        self.model = build_model(recipe, data.image_shape, len(data.classes)).to(device)
+        self.model = build_model(recipe, image_shape(recipe, data), len(data.classes)).to(device)
         self.optimizer = build_optimizer(recipe, self.model)
         # Losses since the last row of metrics; read together, as each reading would halt a GPU.
         self.losses = torch.zeros(recipe.log_every, device=device)
@@ -171,7 +181,7 @@ class _Trainer:
             model = self._with_statistics()
             # One entry only: safetensors writes several in random order, and equal runs shall be equal files.
             files.write_bytes(path, to_safetensors(model.state_dict(), {"step": str(self.step)}))
-        return TrainingResult(self.folder, model, self._scores(model))
+        return TrainingResult(self.folder, model, self._scores(model), tuple(self.feed.bad_images))
 
     def _take_step(self) -> None:
         x, labels = next(self._batches)
@@ -222,8 +232,8 @@ class _Trainer:
         self.saved_step = self.step
 
     def _scores(self, model: nn.Module, num_examples: int = 0) -> Scores:
-        said = log_probabilities(model, self.feed.test(num_examples=num_examples))
-        return score(said, self.feed.test_labels[: len(said)])
+        said = predict(model, self.feed.test(num_examples=num_examples))
+        return score(said.log_probabilities, said.labels)
 
     def _with_statistics(self) -> nn.Module:
         return with_population_statistics(

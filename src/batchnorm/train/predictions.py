@@ -3,9 +3,12 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -13,37 +16,46 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from batchnorm import files
-from batchnorm.data import ImageData, load
+from batchnorm.data import SOURCES, load, open_images
 from batchnorm.train.build import build_model, process_settings, resolve_device
 from batchnorm.train.checkpoint import MODEL_FILE as CHECKPOINT_FILE
 from batchnorm.train.checkpoint import find_checkpoint
-from batchnorm.train.feed import Crops, MemoryFeed
+from batchnorm.train.feed import Data, Part, feed_of
+from batchnorm.train.inputs import Crops
 from batchnorm.train.recipe import Recipe
-from batchnorm.train.run import CHECKPOINTS, MODEL_FILE, data_facts, load_model, read_run
+from batchnorm.train.run import CHECKPOINTS, MODEL_FILE, data_facts, image_shape, load_model, read_run
 from batchnorm.train.statistics import with_population_statistics
 
 FOLDER = "predictions"
 
 
+@dataclass(frozen=True)
+class Predictions:
+    """What a network says of the images of a test set."""
+
+    log_probabilities: Tensor
+    """float64, shape (N, classes), on the CPU."""
+    labels: np.ndarray
+    """int64, shape (N,): the truth."""
+
+
 @torch.no_grad()
-def log_probabilities(model: nn.Module, views: Iterable[Iterable[Tensor]]) -> Tensor:
+def predict(model: nn.Module, parts: Iterable[Part]) -> Predictions:
     """Logarithm of the class probabilities: the mean over the views of softmax of the model's logits.
 
     Args:
         model: In evaluation mode.
-        views: For each part of the images, its views one after the other: inputs on the model's device.
-
-    Returns:
-        float64, shape (N, classes), on the CPU.
+        parts: Inputs on the model's device, view by view, and labels.
 
     Source: Ioffe & Szegedy (2015), section 4.2.3: the arithmetic mean of class probabilities.
     """
-    parts = []
-    for part in views:
+    said, labels = [], []
+    for part in parts:
         # One at a time: 144 views of a batch would not fit side by side.
-        said = torch.stack([model(view).double().cpu().log_softmax(1) for view in part])
-        parts.append(mean_log_probabilities(said))
-    return torch.cat(parts)
+        each = torch.stack([model(view).double().cpu().log_softmax(1) for view in part.views])
+        said.append(mean_log_probabilities(each))
+        labels.append(part.labels)
+    return Predictions(torch.cat(said), np.concatenate(labels))
 
 
 def mean_log_probabilities(log_probabilities: Tensor) -> Tensor:
@@ -57,8 +69,9 @@ def run_predictions(
     data_dir: str | Path | None = None,
     checkpoint: str | None = None,
     crops: Crops = 1,
-) -> tuple[Tensor, ImageData]:
-    """Log-probabilities of a run on its test set, and its data.
+    num_workers: int | None = None,
+) -> tuple[Predictions, Data]:
+    """What a run's network says of its test set, and its data.
 
     They are kept in the run's folder, with the checksum of the weights that made them, and read
     from there the next time.
@@ -69,17 +82,15 @@ def run_predictions(
         checkpoint: `newest`, `best` or a step, with population statistics computed afresh; None for the
             finished run's model.
         crops: Views of each image.
-
-    Returns:
-        float64, shape (N, classes), and the data.
+        num_workers: Processes that decode images on disk; see `batchnorm.train.feed.feed_of`.
 
     Raises:
         FileNotFoundError: It is no run, is not finished, or has no such checkpoint.
         ValueError: A file is damaged, or the data are not those that it was trained on.
     """
     recipe, facts = read_run(folder)
-    data = load(facts["name"], data_dir, size=facts["image_shape"][-1])
-    if (found := data_facts(data)) != facts:
+    data = data_of(facts, data_dir)
+    if (found := data_facts(data, recipe)) != facts:
         raise ValueError(f"{folder} was trained on other data: {facts}, and {data.name} is now {found}.")
     weights = _weights_file(folder, checkpoint)
     said_of = {
@@ -92,10 +103,21 @@ def run_predictions(
     kept = folder / FOLDER / f"crops-{crops}-{key}.safetensors"
     predictions = _read(kept, said_of)
     if predictions is None:
-        predictions = _predict(folder, recipe, data, checkpoint, crops)
+        predictions = _predict(folder, recipe, data, checkpoint, crops, num_workers)
         kept.parent.mkdir(exist_ok=True)
-        files.write_bytes(kept, safetensors.torch.save({"log_probabilities": predictions}, said_of))
+        tensors = {
+            "log_probabilities": predictions.log_probabilities,
+            "labels": torch.from_numpy(predictions.labels),
+        }
+        files.write_bytes(kept, safetensors.torch.save(tensors, said_of))
     return predictions, data
+
+
+def data_of(facts: Mapping[str, Any], data_dir: str | Path | None = None) -> Data:
+    """The data that a run's facts tell of, by name or from where they were."""
+    if facts["name"] in SOURCES:
+        return load(facts["name"], data_dir, size=facts["image_shape"][-1])
+    return open_images(facts["name"] if data_dir is None else data_dir)
 
 
 def _weights_file(folder: Path, checkpoint: str | None) -> Path:
@@ -104,21 +126,25 @@ def _weights_file(folder: Path, checkpoint: str | None) -> Path:
     return find_checkpoint(folder / CHECKPOINTS, checkpoint) / CHECKPOINT_FILE
 
 
-def _read(path: Path, said_of: dict[str, str]) -> Tensor | None:
+def _read(path: Path, said_of: dict[str, str]) -> Predictions | None:
     try:
         with safetensors.safe_open(path, "pt") as file:
-            return file.get_tensor("log_probabilities") if file.metadata() == said_of else None
+            if file.metadata() != said_of:
+                return None
+            return Predictions(file.get_tensor("log_probabilities"), file.get_tensor("labels").numpy())
     except (OSError, SafetensorError):
         return None  # Not there, or damaged: it is made again.
 
 
-def _predict(folder: Path, recipe: Recipe, data: ImageData, checkpoint: str | None, crops: Crops) -> Tensor:
+def _predict(
+    folder: Path, recipe: Recipe, data: Data, checkpoint: str | None, crops: Crops, num_workers: int | None
+) -> Predictions:
     device = resolve_device(recipe.device)
     with process_settings(recipe, device):
-        model = build_model(recipe, data.image_shape, len(data.classes))
+        model = build_model(recipe, image_shape(recipe, data), len(data.classes))
         load_model(folder, model, checkpoint)
         model.to(device).eval()
-        feed = MemoryFeed(recipe, data, device)
+        feed = feed_of(recipe, data, device, num_workers)
         if checkpoint is not None:
             model = with_population_statistics(model, feed.statistics, method=feed.statistics_method)
-        return log_probabilities(model, feed.test(crops))
+        return predict(model, feed.test(crops))

@@ -112,10 +112,10 @@ def _accelerated() -> InceptionRecipe:
 def at_scale(recipe: Recipe, scale: Scale) -> Recipe:
     """A recipe for ImageNet as it is, or with what CIFAR-10 forces to change.
 
-    Images of 32 pixels need another first convolution, and crops that leave something to recognize. A width of
-    a quarter and all times divided by `CIFAR10_TIME` are what two cores can train in hours. Rates,
-    their decay in proportion to the training, batch size, L2, dropout, distortion and everything
-    else stay.
+    Images of 32 pixels need another first convolution, and crops that leave something to recognize. A
+    quarter of the width and all times divided by `CIFAR10_TIME` are what two cores can train in
+    hours. Rates, their decay in proportion to the training, batch size, L2, dropout, distortion and
+    everything else stay.
     """
     if scale == "imagenet" or not isinstance(recipe, InceptionRecipe):
         return recipe

@@ -20,7 +20,8 @@ from torch import nn
 from batchnorm import files
 from batchnorm.data import ImageData
 from batchnorm.train.checkpoint import find_checkpoint, load_checkpoint
-from batchnorm.train.recipe import Recipe
+from batchnorm.train.feed import Data
+from batchnorm.train.recipe import InceptionRecipe, Recipe
 
 FORMAT = 1
 RECIPE_FILE, ENVIRONMENT_FILE, METRICS_FILE = "recipe.json", "environment.json", "metrics.jsonl"
@@ -36,7 +37,7 @@ DATA_FACTS = {"name", "image_shape", "num_train", "num_test", "sha256"}
 
 
 @contextmanager
-def open_run(folder: Path, recipe: Recipe, data: ImageData, device: torch.device) -> Iterator[Path]:
+def open_run(folder: Path, recipe: Recipe, data: Data, device: torch.device) -> Iterator[Path]:
     """Make the folder of a new run, or check that the one there is this recipe's, and hold it alone.
 
     Args:
@@ -67,7 +68,7 @@ def open_run(folder: Path, recipe: Recipe, data: ImageData, device: torch.device
                 "give an empty or new folder."
             )
         else:
-            written = {"format": FORMAT, "recipe": recipe.to_json(), "data": data_facts(data)}
+            written = {"format": FORMAT, "recipe": recipe.to_json(), "data": data_facts(data, recipe)}
             files.write_json(folder / RECIPE_FILE, written)
         _write_environment(folder, device)
         yield folder
@@ -131,16 +132,36 @@ def load_model(folder: Path, model: nn.Module, checkpoint: str | None = None) ->
         raise ValueError(f"{path} does not fit the network of {folder / RECIPE_FILE}: {error}") from error
 
 
-def data_facts(data: ImageData) -> dict[str, Any]:
-    """What identifies the data of a run: name, sizes, and a checksum of all images and labels."""
+def image_shape(recipe: Recipe, data: Data) -> tuple[int, ...]:
+    """Of one input of the recipe's network: (H, W) in grey, (3, H, W) in colour."""
+    if isinstance(data, ImageData):
+        return data.image_shape
+    assert isinstance(recipe, InceptionRecipe)
+    return (3, recipe.image_size, recipe.image_size)
+
+
+def data_facts(data: Data, recipe: Recipe) -> dict[str, Any]:
+    """What identifies the data of a run: name, sizes, and a checksum.
+
+    The checksum is of all images and labels where they are in memory, and of all names and labels
+    where they are on disk, as there may be terabytes.
+    """
     digest = hashlib.sha256()
-    for array in (data.train_images, data.train_labels, data.test_images, data.test_labels):
-        digest.update(array.tobytes())
+    if isinstance(data, ImageData):
+        num_train, num_test = len(data.train_images), len(data.test_images)
+        for array in (data.train_images, data.train_labels, data.test_images, data.test_labels):
+            digest.update(array.tobytes())
+    else:
+        num_train, num_test = len(data.train), len(data.val)
+        for part in (data.train, data.val):
+            digest.update(part.labels.tobytes())
+            for index in range(len(part)):
+                digest.update(Path(part.name(index)).name.encode() + b"\0")
     return {
         "name": data.name,
-        "image_shape": list(data.image_shape),
-        "num_train": len(data.train_images),
-        "num_test": len(data.test_images),
+        "image_shape": list(image_shape(recipe, data)),
+        "num_train": num_train,
+        "num_test": num_test,
         "sha256": digest.hexdigest(),
     }
 
@@ -178,10 +199,10 @@ def _lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def _check_same(folder: Path, recipe: Recipe, data: ImageData) -> None:
+def _check_same(folder: Path, recipe: Recipe, data: Data) -> None:
     earlier, facts = read_run(folder)
     differences = recipe.differences(earlier)
-    now = data_facts(data)
+    now = data_facts(data, recipe)
     differences += [
         f"data {name} (asked for {now[name]!r}, there {facts[name]!r})"
         for name in now

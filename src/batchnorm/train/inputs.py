@@ -1,0 +1,86 @@
+"""From uint8 images to a network's input as its recipe says, for training and for evaluation."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from batchnorm.data import (
+    crop_batch,
+    crop_each,
+    distort,
+    evaluation_crops,
+    random_area_box,
+    shift_and_mirror,
+    standardize,
+    to_input,
+)
+from batchnorm.train.recipe import InceptionRecipe, MLPRecipe, Recipe
+
+Crops = Literal[1, 10, 144]
+"""Views of an image whose predictions are averaged."""
+
+
+def evaluation_input(recipe: Recipe, images: Tensor) -> Tensor:
+    """What the recipe's network is fed with: float32, nothing random.
+
+    Args:
+        recipe: Of either kind.
+        images: uint8, (N, H, W) in grey or (N, 3, H, W) in colour.
+    """
+    if isinstance(recipe, MLPRecipe):
+        return to_input(images, binarize=recipe.binarize)
+    return _for_network(to_input(images))
+
+
+def training_input(recipe: Recipe, images: Tensor, step: int, *, cropped: bool = False) -> Tensor:
+    """Like `evaluation_input`, with the recipe's random changes: a function of seed and step.
+
+    Args:
+        recipe: Of either kind.
+        images: As above.
+        step: Counted from 0.
+        cropped: Whether they are cropped and mirrored already, as those of a stream are.
+    """
+    if not isinstance(recipe, InceptionRecipe):
+        return evaluation_input(recipe, images)
+    mixed = np.random.SeedSequence([recipe.seed, step, 1]).generate_state(2, np.uint64)
+    generator = torch.Generator().manual_seed(int(mixed[0] >> 1))
+    if not cropped and recipe.crops == "shift":
+        images = shift_and_mirror(images, generator, reach=images.shape[-1] // 8, mirror=recipe.mirror)
+    levels = to_input(images)
+    if not cropped and recipe.crops == "area":
+        levels = _random_areas(levels, np.random.default_rng(mixed[1]), mirror=recipe.mirror)
+    if recipe.distortion:
+        levels = distort(levels, generator, strength=recipe.distortion)
+    return _for_network(levels)
+
+
+def views(recipe: Recipe, images: Tensor, crops: Crops) -> Iterator[Tensor]:
+    """The views of images which have the network's size already, one after the other.
+
+    Args:
+        recipe: Of either kind.
+        images: uint8, (N, H, W) in grey or (N, 3, H, W) in colour.
+        crops: 1 is the image as it is; 10 and 144 are those of `batchnorm.data.evaluation_crops`.
+    """
+    if crops == 1:
+        yield evaluation_input(recipe, images)
+        return
+    height, width = images.shape[-2:]
+    levels = to_input(images)
+    for crop in evaluation_crops(width, height, crops, width):
+        yield _for_network(crop_batch(levels, crop, width))
+
+
+def _random_areas(levels: Tensor, random: np.random.Generator, *, mirror: bool) -> Tensor:
+    height, width = levels.shape[-2:]
+    boxes = [random_area_box(width, height, random) for _ in levels]
+    mirrored = [bool(flip) and mirror for flip in random.integers(0, 2, len(levels))]
+    return crop_each(levels, boxes, mirrored, width)
+
+
+def _for_network(levels: Tensor) -> Tensor:
+    return standardize(levels).contiguous(memory_format=torch.channels_last)
