@@ -90,7 +90,9 @@ def run_predictions(
     """
     recipe, facts = read_run(folder)
     data = data_of(facts, data_dir)
-    if (found := data_facts(data, recipe)) != facts:
+    found = data_facts(data, recipe)
+    # Images on disk may have been moved.
+    if found | {"name": facts["name"]} != facts:
         raise ValueError(f"{folder} was trained on other data: {facts}, and {data.name} is now {found}.")
     weights = _weights_file(folder, checkpoint)
     said_of = {
@@ -109,7 +111,8 @@ def run_predictions(
             "log_probabilities": predictions.log_probabilities,
             "labels": torch.from_numpy(predictions.labels),
         }
-        files.write_bytes(kept, safetensors.torch.save(tensors, said_of))
+        # One entry only: safetensors writes several in random order.
+        files.write_bytes(kept, safetensors.torch.save(tensors, {"of": json.dumps(said_of)}))
     return predictions, data
 
 
@@ -129,7 +132,7 @@ def _weights_file(folder: Path, checkpoint: str | None) -> Path:
 def _read(path: Path, said_of: dict[str, str]) -> Predictions | None:
     try:
         with safetensors.safe_open(path, "pt") as file:
-            if file.metadata() != said_of:
+            if file.metadata() != {"of": json.dumps(said_of)}:
                 return None
             return Predictions(file.get_tensor("log_probabilities"), file.get_tensor("labels").numpy())
     except (OSError, SafetensorError):

@@ -15,8 +15,8 @@ STEPS_PER_EPOCH = 1_281_167 // 32
 STEPS_INCEPTION, STEPS_BASELINE, STEPS_ACCELERATED = 31_000_000, 20_000_000, 6_000_000
 """The first and the last are those at which the paper has the best of plain Inception and of BN-x30. How long
 BN-Baseline was trained it does not say; it needs 13.3 million for plain Inception's best."""
-CIFAR10_TIME = 1550
-"""By how much `--scale cifar10` shortens all times: plain Inception takes 20,000 steps."""
+CIFAR10_STEPS, CIFAR10_STEPS_PER_EPOCH = 1000, 50_000 // 32
+"""By how much `--scale cifar10` divides the steps of a training, and its steps in an epoch."""
 
 
 def mlp() -> MLPRecipe:
@@ -113,8 +113,8 @@ def at_scale(recipe: Recipe, scale: Scale) -> Recipe:
     """A recipe for ImageNet as it is, or with what CIFAR-10 forces to change.
 
     Images of 32 pixels need another first convolution, and crops that leave something to recognize. A
-    quarter of the width and all times divided by `CIFAR10_TIME` are what two cores can train in
-    hours. Rates, their decay in proportion to the training, batch size, L2, dropout, distortion and
+    quarter of the width and a thousandth of the steps are what two cores can train in hours. The rate
+    decays after as many epochs as on ImageNet. Rates, batch size, L2, dropout, distortion and
     everything else stay.
     """
     if scale == "imagenet" or not isinstance(recipe, InceptionRecipe):
@@ -125,8 +125,8 @@ def at_scale(recipe: Recipe, scale: Scale) -> Recipe:
         image_size=32,
         width=0.25,
         crops="shift",
-        steps=round(recipe.steps / CIFAR10_TIME),
-        decay_every=round(recipe.decay_every / CIFAR10_TIME),
+        steps=recipe.steps // CIFAR10_STEPS,
+        decay_every=round(recipe.decay_every / STEPS_PER_EPOCH * CIFAR10_STEPS_PER_EPOCH),
         log_every=50,
         eval_every=250,
         checkpoint_every=1000,

@@ -13,11 +13,11 @@ INTRO = """\
 Section 4.2 of Ioffe & Szegedy (2015): an Inception network on images, plain, with Batch Normalization and
 nothing else changed (BN-Baseline), and with all the changes that BN allows at 5 and 30 times the rate.
 
-The paper trains on ImageNet. Here it is {data} at 32×32 pixels: the same body behind a smaller stem, {width:g}
-of the channels, and all times divided by one number, so that plain Inception takes {steps:,} steps of 32
-images. Rates, momentum, L2, dropout, distortion and the shape of the rate's decay are the paper's.
-{seeds} seeds; all networks of a seed see the same images in the same order (but for what the changes of section
-4.2.1 say about order). Accuracies are of the whole test set, with population statistics.
+The paper trains on ImageNet. Here it is {data} at 32×32 pixels: the same body behind another first convolution,
+{width:g} of the channels, and a thousandth of the steps: {steps:,} of 32 images for plain Inception. Rates,
+their decay in epochs, momentum, L2, dropout and distortion are the paper's. {seeds} seeds; all networks of a seed
+see the same images in the same order (but for what the changes of section 4.2.1 say about order). Curves
+and best accuracies are of the first {examples:,} test images, with population statistics.
 """
 
 
@@ -62,7 +62,8 @@ def write_report(summary: Mapping[str, Any], out: Path, environment: Mapping[str
     if summary["ablations"]:
         text = "BN-x5 with one of the changes of section 4.2.1 undone, which is then as in plain Inception."
         sections.append(Section("One change undone at a time", text, tables=[ablations_table(summary)]))
-    intro = INTRO.format(**settings, steps=steps)
+    examples = summary["recipes"][PLAIN]["eval_examples"]
+    intro = INTRO.format(**settings, steps=steps, examples=examples)
     page = Page("How many fewer steps a batch-normalized Inception needs", intro, sections, environment)
     return write_page(page, out / "report.html")
 
