@@ -12,6 +12,10 @@ CLAIMS = {
         "batchnorm.cli.claims.speedup",
         "section 4.2, figures 2 and 3: how many fewer steps a batch-normalized Inception needs",
     ),
+    "ensemble": (
+        "batchnorm.cli.claims.ensemble",
+        "section 4.2.3, figure 4: what many crops and six networks add to one",
+    ),
 }
 """Claim to the module that shows it and a line about it; imported only when its claim is called."""
 

@@ -30,7 +30,7 @@ KEPT: dict[str, tuple[str, ...]] = {
     "shuffling": ("shuffle",),
     "distortion": ("distortion",),
 }
-"""Changes of section 4.2.1 by the fields of the recipe: an ablation keeps one of them as the baseline has it."""
+"""Changes of section 4.2.1 by the fields of the recipe: an ablation keeps one as the baseline has it."""
 
 
 @dataclass(frozen=True, kw_only=True)

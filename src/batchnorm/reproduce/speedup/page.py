@@ -13,11 +13,12 @@ INTRO = """\
 Section 4.2 of Ioffe & Szegedy (2015): an Inception network on images, plain, with Batch Normalization and
 nothing else changed (BN-Baseline), and with all the changes that BN allows at 5 and 30 times the rate.
 
-The paper trains on ImageNet. Here it is {data} at 32×32 pixels: the same body behind another first convolution,
-{width:g} of the channels, and a thousandth of the steps: {steps:,} of 32 images for plain Inception. Rates,
-their decay in epochs, momentum, L2, dropout and distortion are the paper's. {seeds} seeds; all networks of a seed
-see the same images in the same order (but for what the changes of section 4.2.1 say about order). Curves
-and best accuracies are of the first {examples:,} test images, with population statistics.
+The paper trains on ImageNet. Here it is {data} at 32×32 pixels: the same body behind another first
+convolution, {width:g} of the channels, and a thousandth of the steps: {steps:,} of 32 images for plain
+Inception. Rates, their decay in epochs, momentum, L2, dropout and distortion are the paper's. {seeds} seeds;
+all networks of a seed see the same images in the same order (but for what the changes of section 4.2.1 say
+about order). Curves and best accuracies are of the first {examples:,} test images, with population
+statistics.
 """
 
 
@@ -101,7 +102,7 @@ def _faster(networks: Mapping[str, Any], name: str, how: str, paper: str, wanted
     return Claim(
         f"{shown_name(name)} has plain Inception's best accuracy after {how}.",
         paper,
-        f"{_times(ratio)} fewer steps (seeds: {each}); {_times(own)} against plain Inception at its own best rate",
+        f"{_times(ratio)} fewer steps (seeds: {each}); {_times(own)} against plain at its own best rate",
         verdict,
         "evaluations as the clock; median of seeds",
     )

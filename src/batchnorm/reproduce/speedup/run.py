@@ -65,9 +65,10 @@ def _train(experiment: Speedup, recipes: dict[str, InceptionRecipe], title: str)
 def _footer(experiment: Speedup, found: dict[str, Course]) -> dict[str, object]:
     here = environment(torch.device("cpu"))
     steps = sum(int(course.steps[-1]) for course in found.values() if len(course.steps))
+    seconds = sum(course.seconds for course in found.values())
     return {
         **{name: here[name] for name in ("batchnorm", "torch", "python", "cpu")},
         "processes": f"{experiment.processes or num_cores()}, one thread each",
-        "trainings": f"{len(found)}, {steps:,} steps, {sum(c.seconds for c in found.values()):,.0f} core-seconds",
+        "trainings": f"{len(found)}, {steps:,} steps, {seconds:,.0f} core-seconds",
         "settings": json.dumps(experiment.science()),
     }

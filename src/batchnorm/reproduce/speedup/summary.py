@@ -12,7 +12,7 @@ PLAIN, CHANCE = "inception", 0.1
 
 
 def best_rate(experiment: Speedup, found: Mapping[str, Course]) -> float:
-    """Of all multiples of the paper's rate the one at which plain Inception (seed 0) has its best accuracy."""
+    """The multiple of the paper's rate at which plain Inception (seed 0) has its best accuracy."""
     factors = (1.0, *experiment.rates)
     courses = {factor: found[experiment.at_rate_name(factor, 0)] for factor in factors}
     alive = {factor: course.best for factor, course in courses.items() if course.diverged is None}
