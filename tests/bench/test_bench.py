@@ -167,7 +167,7 @@ def _faults_of_large_tensors() -> int:
 
 
 def test_a_step_of_each_form_in_each_setting():
-    found = step.measure(batch=2, side=64, rounds=2, memory=("default", "kept"), threads=1)
+    found = step.measure(network="cifar10", batch=2, rounds=2, memory=("default", "kept"), threads=1)
     assert set(found["seconds"]) == {"default", "kept"}
     assert len(found["seconds"]["kept"]) == 8
     ratios = found["ratios"]["memory kept"]

@@ -4,7 +4,7 @@ import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +21,17 @@ _NUM_WARM = 3
 """Steps of each form that are not counted: libraries set up, heaps grow to their size."""
 
 
+Network = Literal["inception", "cifar10"]
+NETWORKS: dict[Network, str] = {
+    "inception": "BN-Inception, 224×224",
+    "cifar10": "BN-Inception at the scale of CIFAR-10, 32×32",
+}
+
+
 def measure(
     *,
+    network: Network = "inception",
     batch: int = 32,
-    side: int = 224,
     rounds: int = 7,
     memory: Sequence[MemorySetting] = MEMORY,
     compiled: bool = False,
@@ -34,8 +41,8 @@ def measure(
     """Time a training step of each form of the network on one batch.
 
     Args:
+        network: BN-Inception at 224×224 pixels, or the one that ``--scale cifar10`` trains, at 32×32.
         batch: Images.
-        side: Pixels; 224 is the paper's.
         rounds: Samples of each form, in which all forms and all settings of the memory take turns.
         memory: Settings, each in a process of its own.
         compiled: Whether `torch.compile` takes part, with and without `accelerate`.
@@ -55,7 +62,7 @@ def measure(
         workers = {setting: stack.enter_context(process(setting, threads)) for setting in memory}
         for setting, worker in workers.items():
             progress(f"memory {setting}: preparing")
-            forms = worker.submit(_prepare, batch, side, compiled).result()
+            forms = worker.submit(_prepare, network, batch, compiled).result()
             samples[setting] = {form: [] for form in forms}
         for turn in range(rounds):
             progress(f"round {turn + 1} of {rounds}")
@@ -64,7 +71,7 @@ def measure(
                     samples[setting][form].append(seconds)
     timings = {s: {form: Timing.of(taken) for form, taken in of.items()} for s, of in samples.items()}
     return {
-        "network": f"BN-Inception, batch {batch}, {side}×{side}",
+        "network": f"{NETWORKS[network]}, batch {batch}",
         "seconds": {
             setting: {form: [round(s, 4) for s in (t.median_s, t.low_s, t.high_s)] for form, t in of.items()}
             for setting, of in timings.items()
@@ -104,10 +111,13 @@ def _ratios(seconds: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, f
     return {name: {k: round(v, 3) for k, v in of.items()} for name, of in found.items()}
 
 
-def _prepare(batch: int, side: int, compiled: bool) -> list[str]:
+def _prepare(network: Network, batch: int, compiled: bool) -> list[str]:
     """Make the forms, in the process that is to run them, and let each take its first steps."""
-    images, labels = torch.randn(batch, 3, side, side), torch.randint(0, 1000, (batch,))
-    plain = inception()
+    if network == "inception":
+        plain, side, classes = inception(), 224, 1000
+    else:
+        plain, side, classes = inception(10, stem="cifar", width=0.25, separable=True), 32, 10
+    images, labels = torch.randn(batch, 3, side, side), torch.randint(0, classes, (batch,))
     best = in_place(plain)
     last: Any = copy.deepcopy(best)
     last = last.to(memory_format=torch.channels_last)

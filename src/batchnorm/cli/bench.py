@@ -66,8 +66,8 @@ class Step(Common):
 
     batch: int = 32
     """Images."""
-    side: int = 224
-    """Pixels."""
+    network: step.Network = "inception"
+    """BN-Inception at 224×224 pixels, or at the scale of CIFAR-10."""
     rounds: int = 7
     """Samples of each form."""
     compiled: bool = False
@@ -165,7 +165,7 @@ def _step(options: Any, path: Path, console: Console) -> None:
     with Console(stderr=True).status("step") as status:
         found = step.measure(
             batch=options.batch,
-            side=options.side,
+            network=options.network,
             rounds=options.rounds,
             memory=options.memory,
             compiled=options.compiled,

@@ -43,7 +43,7 @@ def shuffled_order(epoch: int, seed: int, shards: np.ndarray, shuffle: Shuffle =
     Args:
         epoch: Counted from 0.
         seed: Any non-negative integer.
-        shards: Number of each shard's first example, and at the end that of all examples; int64, increasing from 0.
+        shards: Number of each shard's first example, and at the end that of all examples; int64.
         shuffle: What is put into another order in each epoch. Where examples within a shard are not, the same
             ones meet in a mini-batch again and again.
 

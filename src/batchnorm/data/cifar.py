@@ -64,8 +64,8 @@ def read_cifar10(
     if found is None:
         if not download:
             raise FileNotFoundError(
-                f"cifar10: no folder {FOLDER} with {', '.join(wanted)} in {folders[-1]}. Put it there or allow "
-                f"downloading; it is published at {MIRRORS[0]}{ARCHIVE}."
+                f"cifar10: no folder {FOLDER} with {', '.join(wanted)} in {folders[-1]}. Put it there or "
+                f"allow downloading; it is published at {MIRRORS[0]}{ARCHIVE}."
             )
         found = _download(download_to, progress=progress)
     parts = [_read(found / name, md5) for name, md5 in wanted.items()]

@@ -235,7 +235,11 @@ def _without_rows_below(
     at = _height_field(data)
     if rows >= image.height or at is None or not data.endswith(b"\xff\xd9"):
         return image
-    return Image.open(BytesIO(data[:at] + rows.to_bytes(2, "big") + data[at + 2 :]), formats=("JPEG",))
+    shorter = BytesIO(data)
+    shorter.seek(at)
+    shorter.write(rows.to_bytes(2, "big"))
+    shorter.seek(0)
+    return Image.open(shorter, formats=("JPEG",))
 
 
 def _height_field(data: bytes) -> int | None:

@@ -39,8 +39,8 @@ class ImageData:
             colours = images.shape[1] if images.ndim == 4 else 3
             if images.dtype != np.uint8 or images.ndim not in (3, 4) or colours != 3 or images.size == 0:
                 raise ValueError(
-                    f"{self.name}: {part} images must be uint8 of shape (N, H, W) or (N, 3, H, W) and not empty, "
-                    f"got {images.dtype} of shape {images.shape}."
+                    f"{self.name}: {part} images must be uint8 of shape (N, H, W) or (N, 3, H, W) and not "
+                    f"empty, got {images.dtype} of shape {images.shape}."
                 )
             if labels.dtype != np.int64 or labels.shape != images.shape[:1]:
                 raise ValueError(

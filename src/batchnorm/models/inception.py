@@ -98,7 +98,7 @@ def inception(
             normalization depend on it.
         width: Multiplies every number of channels but the classes; 1 is the paper's network.
         projection: Channels of the pool projections of 4c and 4d: 96, or 128 as printed.
-        separable: First convolution depthwise, 8 outputs for each colour, followed by a pointwise one; else full.
+        separable: First convolution depthwise, 8 outputs for each colour, then a pointwise one; else full.
         heads: Auxiliary classifiers, 0 to 2, as GoogLeNet has them after 4a and 4d. One alone is after 4d. In
             training mode the network then returns a tuple: logits, then those of the heads from the top down.
         response_norm: Local response normalization after the first pool and the second convolution.

@@ -22,8 +22,8 @@ Section 4.2.3 of Ioffe & Szegedy (2015): six networks, each BN-x30 with some of:
 the convolutions, 5 or 10 % dropout, BN per activation in the last hidden layers. The prediction of an
 ensemble is the arithmetic mean of its members' class probabilities, and so is that of many crops.
 
-The paper trains on ImageNet. Here it is {data} at 32×32 pixels, {width:g} of the channels and a thousandth
-of the steps. One crop is the image as it is. {crops} crops are the paper's, in proportion: squares of
+The paper trains on ImageNet. Here it is {data} at 32×32 pixels, {width:g} of the channels and one step
+for 2,000. One crop is the image as it is. {crops} crops are the paper's, in proportion: squares of
 224/256 of the side {which}, resized to the network's 32 pixels. Which member changes what, and by how much,
 the paper does not say.
 """

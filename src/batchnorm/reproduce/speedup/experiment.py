@@ -9,8 +9,8 @@ from batchnorm.train import InceptionRecipe, get_recipe
 NETWORKS = ("inception", "bn-x5", "bn-x30", "bn-baseline", "bn-x5-sigmoid")
 """The five of figure 2 and 3, the most telling first."""
 PLAIN_SIGMOID = "inception-sigmoid"
-EVALUATIONS = 25
-"""Of each training; one costs as much as a hundred steps."""
+EVALUATIONS = 20
+"""Of each training; one costs as much as fifty steps."""
 
 PAPER: dict[str, dict[str, float | None]] = {
     "inception": {"steps": 31.0e6, "best": 0.722},
@@ -41,7 +41,7 @@ class Speedup:
     networks of a seed on the same order of images; plain Inception also at higher rates, the
     best of which is compared too; a sigmoid network without BN; and BN-x5 with one change of section 4.2.1
     undone at a time. Writes result.json, pictures and report.html into --out; a second call goes
-    on where the first one stopped. About six hours on two cores; --time 0.05 gives a first look.
+    on where the first one stopped. About four hours on two cores; --time 0.05 gives a first look.
     """
 
     data: str = "cifar10"

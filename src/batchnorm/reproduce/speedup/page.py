@@ -14,7 +14,7 @@ Section 4.2 of Ioffe & Szegedy (2015): an Inception network on images, plain, wi
 nothing else changed (BN-Baseline), and with all the changes that BN allows at 5 and 30 times the rate.
 
 The paper trains on ImageNet. Here it is {data} at 32×32 pixels: the same body behind another first
-convolution, {width:g} of the channels, and a thousandth of the steps: {steps:,} of 32 images for plain
+convolution, {width:g} of the channels, and one step for 2,000: {steps:,} of 32 images for plain
 Inception. Rates, their decay in epochs, momentum, L2, dropout and distortion are the paper's. {seeds} seeds;
 all networks of a seed see the same images in the same order (but for what the changes of section 4.2.1 say
 about order). Curves and best accuracies are of the first {examples:,} test images, with population
