@@ -100,11 +100,12 @@ def test_whole_experiment_small(monkeypatch, tmp_path):
 
     for module in (training, run):
         monkeypatch.setattr(module, "run_jobs", in_this_process)
+    how = {"log_every": 2, "eval_every": 2, "checkpoint_every": 2, "eval_examples": 0}
+    members = Ensemble(out=tmp_path).members()
     small = {
-        name: replace(recipe, width=0.03, steps=2, batch_size=8, log_every=2, eval_every=2, checkpoint_every=2,
-                      eval_examples=0, recalibrate_examples=8)
-        for name, recipe in Ensemble(out=tmp_path).members().items() if name in ("ensemble-2", "ensemble-4")
-    }  # fmt: skip
+        name: replace(members[name], width=0.03, steps=2, batch_size=8, recalibrate_examples=8, **how)
+        for name in ("ensemble-2", "ensemble-4")
+    }
     monkeypatch.setattr(Ensemble, "members", lambda self: small)
     summary = run.run_experiment(Ensemble(out=tmp_path))
     assert (tmp_path / "report.html").exists()
