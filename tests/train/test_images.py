@@ -1,6 +1,8 @@
 """Training and evaluating Inception, small: on images in memory and on images that are decoded on the way."""
 
+import os
 import shutil
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +13,7 @@ from image_sets import write_folder
 import batchnorm as bn
 from batchnorm.data import ImageData, crop_batch, evaluation_crops, open_images, to_input
 from batchnorm.data.augment import standardize
-from batchnorm.train import evaluate_runs, get_recipe, predictions, train
+from batchnorm.train import TrainingStopped, evaluate_runs, get_recipe, predictions, train
 from batchnorm.train.build import build_model
 from batchnorm.train.feed import FilesFeed, MemoryFeed
 from batchnorm.train.inputs import evaluation_input, training_input, views
@@ -234,3 +236,32 @@ def test_predictions_are_kept_and_read_again(colours, tmp_path, monkeypatch):
     shutil.copy(tmp_path / "other" / "model.safetensors", tmp_path / "run" / "model.safetensors")
     (other,) = evaluate_runs([tmp_path / "run"], crops=10)
     assert other.scores.loss != first.scores.loss
+
+
+def test_decoders_that_a_signal_ended_are_no_error(folder, tmp_path, monkeypatch):
+    """A cluster's SIGTERM reaches the workers as well: the run is saved, and goes on later."""
+    feed_training = FilesFeed.training
+
+    def ended(self, start_step):
+        batches = feed_training(self, start_step)
+        yield next(batches)
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("A process that decodes images was killed")
+
+    quiet = {"progress": False, "tensorboard": False, "num_workers": 0}
+    whole = train(AREA, open_images(folder), tmp_path / "whole", **quiet)
+    monkeypatch.setattr(FilesFeed, "training", ended)
+    with pytest.raises(TrainingStopped, match="SIGTERM: stopped after step 1, which is saved"):
+        train(AREA, open_images(folder), tmp_path / "run", **quiet)
+    monkeypatch.undo()
+    resumed = train(AREA, open_images(folder), tmp_path / "run", **quiet)
+    assert same_weights(whole.model, resumed.model)
+    # Without a signal it is one.
+    monkeypatch.setattr(FilesFeed, "training", lambda self, start_step: iter(_raise()))
+    with pytest.raises(RuntimeError, match="decodes"):
+        train(AREA, open_images(folder), tmp_path / "other", **quiet)
+
+
+def _raise():
+    raise RuntimeError("A process that decodes images was killed")
+    yield

@@ -153,8 +153,17 @@ class _Trainer:
         log = MetricsLog(self.folder / METRICS_FILE, events, self.step)
         report = ProgressReport(recipe.steps, self.step, shown=progress)
         with closing(log), report, _stop_requests() as requests:
-            self._batches = self.feed.training(self.step)
+            batches = self.feed.training(self.step)
             while self.step < recipe.steps:
+                try:
+                    self._batch = next(batches)
+                except RuntimeError as error:
+                    # A signal to the whole process group, as clusters send it, ends the decoders, too.
+                    if not requests:
+                        raise
+                    if self.step != self.saved_step:
+                        self._save(log, None)
+                    raise TrainingStopped(requests[0], self.step, self.folder) from error
                 self._take_step()
                 self.step += 1
                 report.step(self.step)
@@ -184,7 +193,7 @@ class _Trainer:
         return TrainingResult(self.folder, model, self._scores(model), tuple(self.feed.bad_images))
 
     def _take_step(self) -> None:
-        x, labels = next(self._batches)
+        x, labels = self._batch
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.rate_at(self.step)
         loss = self._loss(self.model(x), labels)
