@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
@@ -65,12 +66,13 @@ def measure(
         }
         difference = _difference(contenders[FOLDER](), contenders[PLAIN]())
         timings = in_turns(
-            {name: lambda make=make: _exhaust(make()) for name, make in contenders.items()},
+            {name: partial(_exhaust, make) for name, make in contenders.items()},
             rounds=rounds,
             slice_s=0.0,
         )
+    num_crops = plan.num_steps * batch
     return {
-        "images": f"{plan.num_steps * batch} of {len(folder)} images, {size}×{size}, batches of {batch}",
+        "images": f"{num_crops} crops of {len(folder)} images, {size}×{size}, in batches of {batch}",
         "images_per_s": {name: plan.rates(timing) for name, timing in timings.items()},
         "ratios": _ratios({name: timing.median_s for name, timing in timings.items()}),
         "difference_levels": round(difference, 3),
@@ -141,8 +143,8 @@ def _difference(ours: Iterator[Tensor], plain: Iterator[Tensor]) -> float:
     return torch.cat(found).median().item()
 
 
-def _exhaust(batches: Iterator[Tensor]) -> None:
-    for _ in batches:
+def _exhaust(make: Callable[[], Iterator[Tensor]]) -> None:
+    for _ in make():
         pass
 
 

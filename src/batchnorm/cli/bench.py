@@ -258,7 +258,7 @@ def _memory_tables(found: Mapping[str, Any]) -> list[Table]:
 
 
 def _loader_tables(found: Mapping[str, Any]) -> list[Table]:
-    rates = Table("loader", "images/s", title=f"{found['images']}: one core")
+    rates = Table("loader", "images/s", title=found["images"], caption="on one core")
     for name, (median, low, high) in found["images_per_s"].items():
         rates.add_row(name, f"{median:.0f} ({low:.0f}–{high:.0f})")
     ratios = Table("", "", title="Speed-up", show_header=False)
