@@ -74,6 +74,7 @@ def test_trainings_are_the_papers(experiment):
             recipe = recipes[f"{name}-seed-{seed}"]
             paper = get_recipe(name, "cifar10")
             how = {"seed", "log_every", "eval_every", "checkpoint_every"}
+            how |= {"steps"} if name in ("bn-x5", "bn-x30", "bn-x5-sigmoid") else set()
             assert {part.split()[0] for part in recipe.differences(paper)} <= how
             assert recipe.seed == seed
     assert recipes["inception-x5-seed-0"].learning_rate == pytest.approx(5 * 0.0015)
@@ -218,6 +219,7 @@ def test_finished_jobs_are_not_done_again_and_others_recipes_are_refused(
     ("settings", "says"),
     [
         ({"seeds": 0}, "seeds must be at least 1"),
+        ({"bn_steps": 0}, "bn_steps must be at least 1"),
         ({"ablation_seeds": 0}, "ablation_seeds must be at least 1"),
         ({"processes": 0}, "processes must be at least 1"),
         ({"rates": (0.5,)}, "must be above 1"),
