@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,9 +57,10 @@ def _inception(recipe: InceptionRecipe, image_shape: tuple[int, ...], num_classe
             f"the recipe's network takes images of shape (3, {size}, {size}), and these have shape "
             f"{tuple(image_shape)}: use --scale cifar10 for 32×32 colour images, or set image_size."
         )
-    model = network(recipe, num_classes)
     # By decree, not by measurement, so that a run that is taken up computes with the same bits.
-    model, _ = accelerate(model, torch.zeros(2, 3, size, size), channels_last=True, keep_memory=False)
+    plain: Any = network(recipe, num_classes)
+    plain.to(memory_format=torch.channels_last)
+    model, _ = accelerate(plain, torch.zeros(2, 3, size, size), channels_last=True, keep_memory=False)
     return model
 
 
