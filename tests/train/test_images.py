@@ -265,3 +265,27 @@ def test_decoders_that_a_signal_ended_are_no_error(folder, tmp_path, monkeypatch
 def _raise():
     raise RuntimeError("A process that decodes images was killed")
     yield
+
+
+def test_half_precision_is_that_of_autocast(colours, tmp_path, monkeypatch):
+    recipe = replace(TINY, steps=1, log_every=1, eval_every=1, checkpoint_every=1, precision="bfloat16")
+    seen = set()
+    convolve = torch.nn.Conv2d.forward
+
+    def noted(self, x):
+        y = convolve(self, x)
+        if self.training:
+            seen.add(y.dtype)
+        return y
+
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", noted)
+    result = train(recipe, colours, tmp_path / "half", progress=False, tensorboard=False)
+    assert torch.bfloat16 in seen
+    assert all(value.dtype != torch.bfloat16 for value in result.model.state_dict().values())
+    (half,) = read_metrics(tmp_path / "half" / "metrics.jsonl")
+    train(
+        replace(recipe, precision="float32"), colours, tmp_path / "whole", progress=False, tensorboard=False
+    )
+    (whole,) = read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    assert half["loss"] != whole["loss"]
+    assert half["loss"] == pytest.approx(whole["loss"], rel=0.05)

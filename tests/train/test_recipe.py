@@ -128,6 +128,16 @@ def test_json_with_other_fields_is_refused_by_their_names():
         Recipe.from_json(lacking)
 
 
+def test_older_json_gets_what_came_later():
+    older = get_recipe("bn-x5").to_json()
+    del older["precision"], older["eval_examples"]
+    assert Recipe.from_older_json(older) == get_recipe("bn-x5")
+    with pytest.raises(ValueError, match="does not know: warmup"):
+        Recipe.from_older_json(older | {"warmup": 1})
+    with pytest.raises(ValueError, match="model is None"):
+        Recipe.from_older_json({})
+
+
 def test_differences_name_the_fields_and_both_values():
     other = replace(mlp(), seed=3, hidden=(50,))
     assert mlp().differences(other) == [

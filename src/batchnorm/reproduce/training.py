@@ -57,7 +57,7 @@ class Course:
         columns = {name: np.array([row[name] for row in rows]) for name in ("step", "accuracy", "loss")}
         return cls(
             found["name"],
-            Recipe.from_json(found["recipe"]),
+            Recipe.from_older_json(found["recipe"]),
             columns["step"],
             columns["accuracy"],
             columns["loss"],

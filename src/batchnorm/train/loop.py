@@ -196,7 +196,9 @@ class _Trainer:
         x, labels = self._batch
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.rate_at(self.step)
-        loss = self._loss(self.model(x), labels)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
+            logits = self.model(x)
+        loss = self._loss(logits, labels)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -205,9 +207,9 @@ class _Trainer:
 
     def _loss(self, logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
         if isinstance(logits, Tensor):
-            return nn.functional.cross_entropy(logits, labels)
+            return nn.functional.cross_entropy(logits.float(), labels)
         assert isinstance(self.recipe, InceptionRecipe)
-        main, *heads = (nn.functional.cross_entropy(each, labels) for each in logits)
+        main, *heads = (nn.functional.cross_entropy(each.float(), labels) for each in logits)
         return main + self.recipe.head_weight * torch.stack(heads).sum()
 
     def _report(self, log: MetricsLog, report: ProgressReport, *, evaluate: bool) -> dict[str, float]:

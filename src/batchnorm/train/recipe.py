@@ -57,6 +57,9 @@ class Recipe:
     """Training examples that give the population statistics for an evaluation; 0 takes all."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a GPU when there is one."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of convolutions and matrix products while training (torch.autocast); weights, statistics and
+    evaluations are float32 either way."""
     threads: int = 0
     """CPU threads of PyTorch; 0 leaves its own choice. Results are bit-identical only for the same number."""
 
@@ -129,6 +132,17 @@ class Recipe:
         if missing := sorted(known - set(values)):
             raise ValueError(f"The recipe lacks {', '.join(missing)}; use the version that wrote it.")
         return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+    @classmethod
+    def from_older_json(cls, values: Mapping[str, Any]) -> "Recipe":
+        """Like `from_json`; fields that came later than ``values`` get their defaults."""
+        kind = cls.kinds.get(str(values.get("model")), cls)
+        defaults = {
+            field.name: field.default
+            for field in dataclasses.fields(kind)
+            if field.default is not dataclasses.MISSING
+        }
+        return cls.from_json({**defaults, **values})
 
     def differences(self, other: "Recipe") -> list[str]:
         """Fields that differ, each as `name (asked for mine, there other's)`."""
