@@ -188,3 +188,8 @@ def test_tables_show_every_form():
         {"network": "n", "bytes": {"eager": figures}, "of_eager_in_place": {"eager": relative}}
     )
     assert table.row_count == 1
+
+
+def test_a_small_share_does_not_become_none():
+    assert kernels.significant(0.000123456) == 0.0001235
+    assert kernels.significant(2.34567) == 2.346

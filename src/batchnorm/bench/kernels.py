@@ -115,17 +115,22 @@ def measure(case: Case, *, rounds: int = 9, compiled: bool = True) -> dict[str, 
         timings[f"copy, {kind} memory"].median_s * PASSES[case.fusion] / 2 for kind in ("fresh", "reused")
     )
     row["floor_share"] = {
-        "fresh": round(fresh_s / mine, 3),
-        "reused": round(reused_s / mine, 3),
-        "kernel, reused": round(reused_s / timings["kernel alone"].median_s, 3),
+        "fresh": significant(fresh_s / mine),
+        "reused": significant(reused_s / mine),
+        "kernel, reused": significant(reused_s / timings["kernel alone"].median_s),
     }
     rivals = [name for name in calls if name != "batchnorm"]
-    row["speed_up"] = {name: round(timings[name].median_s / mine, 3) for name in rivals} if right else {}
+    row["speed_up"] = {name: significant(timings[name].median_s / mine) for name in rivals} if right else {}
     return row
 
 
 def _bound(work: _Work, f: Callable[..., Tensor], parameters: list[Tensor]) -> Callable[[], object]:
     return lambda: work.run(f, parameters)
+
+
+def significant(ratio: float) -> float:
+    """Four digits, however small: a tiny input beside other work may leave less than a thousandth."""
+    return float(f"{ratio:.4g}")
 
 
 def _kernel(work: _Work, layer: Any) -> Callable[[], object]:
