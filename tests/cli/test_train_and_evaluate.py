@@ -88,6 +88,12 @@ def test_arguments_that_cannot_be_understood(tmp_path, monkeypatch, capsys, argu
         ),
         pytest.param(["train", "bn-mlp"], "--out is needed", id="no folder"),
         pytest.param(["train", "bn-x5", "--out", "run"], "--data is needed", id="no images"),
+        pytest.param(["train", "mlp", "--scale", "cifar10", "--out", "run"], "one scale only", id="no scale"),
+        pytest.param(
+            ["train", "bn-x5", "--data", "./photos", "--data-dir", ".", "--out", "run"],
+            "is a place",
+            id="twice",
+        ),
         pytest.param(["train", "bn-x5", "--data", "digits", "--out", "run"], "of shape", id="other images"),
         pytest.param(["evaluate", "absent"], "absent is not a run", id="no run"),
         pytest.param(["evaluate"], "at least one run", id="no run named"),

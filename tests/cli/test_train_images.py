@@ -68,7 +68,7 @@ def test_from_a_folder_to_scores_of_each_class(tmp_path, capsys):
     assert len(list((out / "predictions").iterdir())) == 1
 
 
-def test_scale_says_what_it_changes(tmp_path, capsys, real_data):
+def test_scale_says_what_it_changes(tmp_path, monkeypatch, capsys, real_data):
     if not (real_data / "cifar-10-batches-py").is_dir():
         pytest.skip("no cifar-10-batches-py beside MNIST")
     flags = [
@@ -78,7 +78,9 @@ def test_scale_says_what_it_changes(tmp_path, capsys, real_data):
         "--recalibrate-examples=32",
         "--no-tensorboard",
     ]
-    folders = ["--data-dir", str(real_data), "--out", str(tmp_path / "run")]
+    monkeypatch.chdir(tmp_path)
+    # A folder of another recipe's name must not confuse it.
+    folders = ["--data-dir", str(real_data.absolute()), "--out", "inception"]
     assert main(["train", "bn-x30", "--scale", "cifar10", *folders, *flags]) == 0
     said = capsys.readouterr()
     assert "--scale cifar10 changes of bn-x30: " in said.err

@@ -218,3 +218,9 @@ def test_real_mnist():
     # The first training example is the well-known five; the mean grey level is 0.1307 of white.
     np.testing.assert_array_equal(data.train_labels[:8], [5, 0, 4, 1, 9, 2, 1, 3])
     assert data.train_images.mean() / 255 == pytest.approx(0.1307, abs=5e-5)
+
+
+def test_data_by_name_need_no_decoder():
+    """Pillow comes with an extra; images in memory, and training on them, do without."""
+    program = "import sys; sys.modules['PIL'] = None; import batchnorm.data, batchnorm.train"
+    subprocess.run([sys.executable, "-c", program], check=True)

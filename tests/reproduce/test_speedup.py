@@ -21,7 +21,6 @@ def course(experiment, name, recipe, accuracy, every=100, diverged=None):
         recipe,
         np.arange(1, len(accuracy) + 1) * every,
         np.array(accuracy, dtype=float),
-        np.linspace(2, 1, len(accuracy)),
         10.0,
         diverged,
         None if diverged else {"top1": accuracy[-1], "top5": 1.0, "loss": 1.0},

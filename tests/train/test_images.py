@@ -22,9 +22,10 @@ from batchnorm.train.metrics import read_metrics
 CPU = torch.device("cpu")
 TINY = replace(
     get_recipe("bn-x5", "cifar10"), width=0.05, steps=6, batch_size=6, log_every=2, eval_every=3,
-    checkpoint_every=3, recalibrate_examples=12, learning_rate=0.01, shard_size=5, eval_examples=0,
+    checkpoint_every=3, recalibrate_examples=12, learning_rate=0.01, eval_examples=0,
 )  # fmt: skip
 AREA = replace(TINY, crops="area")
+TINY = replace(TINY, shard_size=5)
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +62,13 @@ def test_training_input_is_a_function_of_seed_and_step(colours):
 
 def test_without_random_changes_training_sees_what_evaluation_sees(colours):
     images = torch.from_numpy(colours.train_images[:6])
-    still = replace(TINY, crops="none", distortion=0.0)
+    still = replace(TINY, crops="none", mirror=False, distortion=0.0)
     assert training_input(still, images, 3).equal(evaluation_input(still, images))
     torch.testing.assert_close(evaluation_input(still, images), standardize(images / 255))
 
 
 def test_feed_of_memory_has_the_images_of_each_step(colours):
-    still = replace(TINY, crops="none", distortion=0.0, shuffle="none")
+    still = replace(TINY, crops="none", mirror=False, distortion=0.0, shuffle="none")
     feed = MemoryFeed(still, colours, CPU)
     steps = list(feed.training(4))
     assert len(steps) == 2
@@ -123,7 +124,7 @@ def test_heads_weigh_in_the_loss(tmp_path):
     data = ImageData("large", images, labels, images[:2], labels[:2], ("a", "b"))
     recipe = replace(
         TINY, stem="imagenet", image_size=224, heads=2, steps=1, batch_size=4, log_every=1, eval_every=1,
-        crops="none", distortion=0.0, head_weight=0.25, recalibrate_examples=4,
+        crops="none", mirror=False, distortion=0.0, head_weight=0.25, recalibrate_examples=4,
     )  # fmt: skip
     train(recipe, data, tmp_path / "run", progress=False, tensorboard=False)
     (row,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
@@ -205,6 +206,21 @@ def test_recipes_that_cannot_see_images_on_disk(folder, tmp_path):
     for recipe in (TINY, get_recipe("bn-mlp")):
         with pytest.raises(ValueError, match="cut by area"):
             train(recipe, open_images(folder), tmp_path / "run", progress=False, num_workers=0)
+
+
+def test_shards_of_images_on_disk_are_their_own(folder, tmp_path):
+    recipe = replace(AREA, shard_size=7)
+    with pytest.raises(ValueError, match=r"have shards already.*not 7"):
+        train(recipe, open_images(folder), tmp_path / "run", progress=False, num_workers=0)
+
+
+def test_whole_images_are_mirrored_unless_told_otherwise(colours):
+    images = torch.from_numpy(colours.train_images[:12])
+    whole = replace(TINY, crops="none", distortion=0.0)
+    seen, still = training_input(whole, images, 0), evaluation_input(whole, images)
+    mirrored = [a.equal(b.flip(-1)) for a, b in zip(seen, still, strict=True)]
+    assert 0 < sum(mirrored) < 12
+    assert all(flipped or a.equal(b) for flipped, a, b in zip(mirrored, seen, still, strict=True))
 
 
 def test_statistics_of_images_are_of_the_first_steps(folder):

@@ -77,6 +77,8 @@ def run(argv: list[str]) -> None:
         raise ValueError(
             "--out is needed: the folder where the run shall be, new or holding the run to go on with."
         )
+    if arguments.scale != "imagenet" and not isinstance(recipe, InceptionRecipe):
+        raise ValueError(f"--scale changes the Inception recipes; {recipe.model} has one scale only.")
     keep_freed_memory()
     source = arguments.data or _default_data(recipe, arguments.scale)
     data = _open(source, arguments.data_dir, progress=arguments.progress)
@@ -103,6 +105,8 @@ def run(argv: list[str]) -> None:
 def _open(source: str, data_dir: Path | None, *, progress: bool) -> Data:
     if source in SOURCES or not ("/" in source or Path(source).is_dir()):
         return load(source, data_dir, progress=progress)
+    if data_dir is not None:
+        raise ValueError(f"--data-dir is where data sets are looked for by name; --data {source} is a place.")
     # Absolute, so that the run can be evaluated from anywhere.
     return open_images(Path(source).expanduser().absolute())
 
@@ -147,7 +151,9 @@ def _default_data(recipe: Recipe, scale: Scale) -> str:
 def _tell_scale(argv: list[str], recipe: Recipe, scale: Scale) -> None:
     if scale == "imagenet" or not isinstance(recipe, InceptionRecipe):
         return
-    name = next(name for name in RECIPES if name in argv)
+    # A folder may have a recipe's name, too.
+    given = [name for name in RECIPES if name in argv]
+    name = min(given, key=lambda name: len(recipe.differences(get_recipe(name, scale))))
     here, paper = get_recipe(name, scale).to_json(), get_recipe(name).to_json()
     changed = [f"{field} {paper[field]} → {here[field]}" for field in paper if here[field] != paper[field]]
     sys.stderr.write(f"--scale {scale} changes of {name}: {', '.join(changed)}\n")

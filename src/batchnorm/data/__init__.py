@@ -9,10 +9,10 @@ from batchnorm.data.batches import (
     step_indices,
     to_input,
 )
+from batchnorm.data.cores import num_cores
 from batchnorm.data.crops import Box, Crop, evaluation_crops, random_area_box
 from batchnorm.data.folders import ImageFiles, open_images
 from batchnorm.data.sources import SOURCES, ImageData, load
-from batchnorm.data.stream import evaluation_stream, training_stream
 
 __all__ = [
     "SOURCES",
@@ -27,8 +27,8 @@ __all__ = [
     "distort",
     "epoch_order",
     "evaluation_crops",
-    "evaluation_stream",
     "load",
+    "num_cores",
     "open_images",
     "random_area_box",
     "shift_and_mirror",
@@ -36,5 +36,4 @@ __all__ = [
     "standardize",
     "step_indices",
     "to_input",
-    "training_stream",
 ]

@@ -3,7 +3,7 @@
 from batchnorm.report.charts import COLOURS, Chart, Curve, CurveChart, PercentileChart, PercentilePanel
 from batchnorm.report.page import Claim, Figure, Page, Section, Table, write_page
 from batchnorm.report.pictures import draw
-from batchnorm.report.plots import plot
+from batchnorm.report.plots import figure_of, plot
 
 __all__ = [
     "COLOURS",
@@ -18,6 +18,7 @@ __all__ = [
     "Section",
     "Table",
     "draw",
+    "figure_of",
     "plot",
     "write_page",
 ]

@@ -1,11 +1,13 @@
 """Charts as plotly figures, in plain dictionaries."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from batchnorm.report.charts import Chart, CurveChart, PercentileChart, colour, translucent
+from batchnorm.report.page import Figure
 
 _BAND_OPACITY = 0.18
 
@@ -16,6 +18,11 @@ def plot(chart: Chart) -> dict[str, Any]:
     The page gives it fonts and the colours of axes, which follow the reader's light or dark mode.
     """
     return _curves(chart) if isinstance(chart, CurveChart) else _percentiles(chart)
+
+
+def figure_of(title: str, chart: Chart) -> Figure:
+    """``chart`` for a page, which has its own heading for each plot."""
+    return Figure(title, "", plot(replace(chart, title="")))
 
 
 def _curves(chart: CurveChart) -> dict[str, Any]:

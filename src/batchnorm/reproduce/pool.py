@@ -1,7 +1,6 @@
 """Independent jobs, one process a core, with one progress bar for all of them."""
 
 import multiprocessing
-import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
@@ -11,6 +10,8 @@ from typing import Any
 
 import torch
 
+from batchnorm.data import num_cores
+
 _steps_done: "Synchronized[int] | None" = None
 
 
@@ -19,11 +20,6 @@ def advance(num_steps: int) -> None:
     if _steps_done is not None:
         with _steps_done.get_lock():
             _steps_done.value += num_steps
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _begin(counter: "Synchronized[int]") -> None:

@@ -31,8 +31,6 @@ class Course:
     """(E,), steps done at each evaluation."""
     accuracy: np.ndarray
     """(E,), top-1 on the test set with population statistics."""
-    loss: np.ndarray
-    """(E,), training loss reported with it, nats."""
     seconds: float
     """Spent on steps and evaluations, of a process with one thread."""
     diverged: str | None
@@ -54,13 +52,12 @@ class Course:
         if found["format"] != FORMAT:
             raise ValueError(f"{path}: format {found['format']}, this version reads {FORMAT}")
         rows = [row for row in found["metrics"] if "accuracy" in row]
-        columns = {name: np.array([row[name] for row in rows]) for name in ("step", "accuracy", "loss")}
+        columns = {name: np.array([row[name] for row in rows]) for name in ("step", "accuracy")}
         return cls(
             found["name"],
             Recipe.from_older_json(found["recipe"]),
             columns["step"],
             columns["accuracy"],
-            columns["loss"],
             found["metrics"][-1]["seconds"] if found["metrics"] else 0.0,
             found["diverged"],
             found["final"],

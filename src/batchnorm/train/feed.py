@@ -1,6 +1,5 @@
 """What training and evaluation are fed with: data in memory, or images that are decoded on the way."""
 
-import os
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
@@ -12,9 +11,8 @@ from batchnorm.data import (
     ImageData,
     ImageFiles,
     epoch_order,
-    evaluation_stream,
+    num_cores,
     step_indices,
-    training_stream,
 )
 from batchnorm.train.inputs import Crops, evaluation_input, training_input, views
 from batchnorm.train.recipe import InceptionRecipe, MLPRecipe, Recipe
@@ -83,8 +81,13 @@ def feed_of(recipe: Recipe, data: Data, device: torch.device, num_workers: int |
             "images on disk have all sizes and are cut by area: use an Inception recipe with crops area, "
             f"not {recipe.model}."
         )
+    if recipe.shard_size != InceptionRecipe().shard_size:
+        raise ValueError(
+            f"images on disk have shards already (a folder's are of a thousand): leave shard_size as it is, "
+            f"not {recipe.shard_size}; batchnorm shards --per-shard packs others."
+        )
     if num_workers is None:
-        num_workers = max(1, len(os.sched_getaffinity(0)) - 1)
+        num_workers = max(1, num_cores() - 1)
     return FilesFeed(recipe, data, device, num_workers)
 
 
@@ -174,6 +177,9 @@ class FilesFeed:
             yield evaluation_input(self.recipe, images)
 
     def _steps(self, start_step: int, num_steps: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        # Decoding needs Pillow, which data in memory do without.
+        from batchnorm.data.stream import training_stream
+
         recipe = self.recipe
         with training_stream(
             self._data.train,
@@ -193,6 +199,8 @@ class FilesFeed:
 
     def test(self, crops: Crops = 1, num_examples: int = 0) -> Iterator[Part]:
         """As `Feed.test`, without images that cannot be decoded."""
+        from batchnorm.data.stream import evaluation_stream
+
         left = num_examples or len(self._data.val)
         with evaluation_stream(
             self._data.val,

@@ -48,8 +48,9 @@ def training_input(recipe: Recipe, images: Tensor, step: int, *, cropped: bool =
         return evaluation_input(recipe, images)
     mixed = np.random.SeedSequence([recipe.seed, step, 1]).generate_state(2, np.uint64)
     generator = torch.Generator().manual_seed(int(mixed[0] >> 1))
-    if not cropped and recipe.crops == "shift":
-        images = shift_and_mirror(images, generator, reach=images.shape[-1] // 8, mirror=recipe.mirror)
+    if not cropped and recipe.crops != "area":
+        reach = images.shape[-1] // 8 if recipe.crops == "shift" else 0
+        images = shift_and_mirror(images, generator, reach=reach, mirror=recipe.mirror)
     levels = to_input(images)
     if not cropped and recipe.crops == "area":
         levels = _random_areas(levels, np.random.default_rng(mixed[1]), mirror=recipe.mirror)

@@ -1,13 +1,12 @@
 """The report: the paper's claims beside our figures, as a page and as pictures."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from batchnorm.report import Chart, Claim, Figure, Page, Section, Table, draw, plot, write_page
+from batchnorm.report import Claim, Page, Section, Table, draw, figure_of, write_page
 from batchnorm.reproduce.activations.charts import (
     NAMES,
     accuracy_charts,
@@ -64,29 +63,24 @@ def write_report(summary: Mapping[str, Any], out: Path, environment: Mapping[str
         Section(
             "Figure 1(a): test accuracy",
             "The band reaches from the lowest seed to the highest.",
-            figures=[_figure(f"Learning rate {rate:g}", charts[rate]) for rate in (headline, *others)],
+            figures=[figure_of(f"Learning rate {rate:g}", charts[rate]) for rate in (headline, *others)],
             tables=[final_table(summary), milestone_table(summary), speed_up_table(summary)],
         ),
         Section(
             "Figure 1(b, c): the input of one sigmoid of the last hidden layer",
             "Percentiles over test images. The unit is the one whose path length is the median of its "
             "layer: a typical unit, chosen by that rule and not by eye.",
-            figures=[_figure(f"Learning rate {headline:g}, seed 0", inputs)],
+            figures=[figure_of(f"Learning rate {headline:g}, seed 0", inputs)],
         ),
         Section(
             "Drift of all units",
             DRIFT.format(rate=headline),
-            figures=[_figure("How far the inputs of the sigmoids move", drifts)],
+            figures=[figure_of("How far the inputs of the sigmoids move", drifts)],
             tables=[path_table(summary)],
         ),
     ]
     page = Page("Activations with and without Batch Normalization", introduction, sections, environment)
     return write_page(page, out / "report.html")
-
-
-def _figure(title: str, chart: Chart) -> Figure:
-    # The page has its own heading for each plot.
-    return Figure(title, "", plot(replace(chart, title="")))
 
 
 def claims(summary: Mapping[str, Any]) -> list[Claim]:

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from batchnorm.data import load
+from batchnorm.data import load, num_cores
 from batchnorm.files import write_json
 from batchnorm.reproduce.activations.experiment import Activations
 from batchnorm.reproduce.activations.job import History, path_of, run_job
 from batchnorm.reproduce.activations.page import write_report
 from batchnorm.reproduce.activations.summary import Histories, summarize
 from batchnorm.reproduce.claiming import claim_folder
-from batchnorm.reproduce.pool import num_cores, run_jobs
+from batchnorm.reproduce.pool import run_jobs
 from batchnorm.train.run import environment
 
 

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from batchnorm.data import num_cores
 from batchnorm.files import write_json
 from batchnorm.reproduce.claiming import claim_folder
 from batchnorm.reproduce.ensemble.experiment import Ensemble
 from batchnorm.reproduce.ensemble.page import write_report
-from batchnorm.reproduce.pool import advance, num_cores, run_jobs
+from batchnorm.reproduce.pool import advance, run_jobs
 from batchnorm.reproduce.training import folder_of, train_all
 from batchnorm.train.evaluate import Scores, score
 from batchnorm.train.inputs import Crops

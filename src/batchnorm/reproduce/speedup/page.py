@@ -1,11 +1,10 @@
 """The report: the paper's claims beside our figures, as a page and as pictures."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from batchnorm.report import Claim, CurveChart, Figure, Page, Section, Table, draw, plot, write_page
+from batchnorm.report import Claim, Page, Section, Table, draw, figure_of, write_page
 from batchnorm.reproduce.speedup.charts import accuracy_chart, rates_chart, shown_name, sigmoid_chart
 from batchnorm.reproduce.speedup.summary import CHANCE, PLAIN, percent
 
@@ -48,18 +47,18 @@ def write_report(summary: Mapping[str, Any], out: Path, environment: Mapping[str
         Section(
             "Figure 2: accuracy against steps",
             "The band reaches from the lowest seed to the highest.",
-            figures=[_figure("All networks", charts["accuracy"])],
+            figures=[figure_of("All networks", charts["accuracy"])],
             tables=[networks_table(summary), ratios_table(summary)],
         ),
         Section(
             "Plain Inception at its own best rate",
             "So that nobody can say it was starved: the first seed at multiples of the paper's rate.",
-            figures=[_figure("Rates without BN", charts["rates"])],
+            figures=[figure_of("Rates without BN", charts["rates"])],
             tables=[rates_table(summary)],
         ),
     ]
     if "sigmoid" in charts:
-        sections.append(Section("Sigmoid", figures=[_figure("Sigmoid for ReLU", charts["sigmoid"])]))
+        sections.append(Section("Sigmoid", figures=[figure_of("Sigmoid for ReLU", charts["sigmoid"])]))
     if summary["ablations"]:
         text = "BN-x5 with one of the changes of section 4.2.1 undone, which is then as in plain Inception."
         sections.append(Section("One change undone at a time", text, tables=[ablations_table(summary)]))
@@ -67,11 +66,6 @@ def write_report(summary: Mapping[str, Any], out: Path, environment: Mapping[str
     intro = INTRO.format(**settings, steps=steps, examples=examples)
     page = Page("How many fewer steps a batch-normalized Inception needs", intro, sections, environment)
     return write_page(page, out / "report.html")
-
-
-def _figure(title: str, chart: CurveChart) -> Figure:
-    # The page has its own heading for each plot.
-    return Figure(title, "", plot(replace(chart, title="")))
 
 
 def claims(summary: Mapping[str, Any]) -> list[Claim]:

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from batchnorm.data import num_cores
 from batchnorm.files import write_json
 from batchnorm.reproduce.claiming import claim_folder
-from batchnorm.reproduce.pool import num_cores
 from batchnorm.reproduce.speedup.experiment import Speedup
 from batchnorm.reproduce.speedup.page import write_report
 from batchnorm.reproduce.speedup.summary import best_rate, summarize
@@ -68,6 +68,7 @@ def _footer(experiment: Speedup, found: dict[str, Course]) -> dict[str, object]:
     seconds = sum(course.seconds for course in found.values())
     return {
         **{name: here[name] for name in ("batchnorm", "torch", "python", "cpu")},
+        "trained on": ", ".join(sorted({course.hardware for course in found.values()})),
         "processes": f"{experiment.processes or num_cores()}, one thread each",
         "trainings": f"{len(found)}, {steps:,} steps, {seconds:,.0f} core-seconds",
         "settings": json.dumps(experiment.science()),
