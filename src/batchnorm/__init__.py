@@ -5,6 +5,7 @@ Source: Ioffe & Szegedy (2015), arXiv 1502.03167.
 
 from batchnorm import functional
 from batchnorm.diagnostics import watch
+from batchnorm.doctor import diagnose
 from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormPerActivation
 from batchnorm.moments import Moments
 from batchnorm.statistics import recalibrate
@@ -19,6 +20,7 @@ __all__ = [
     "BatchNormPerActivation",
     "Moments",
     "accelerate",
+    "diagnose",
     "fold",
     "freeze",
     "functional",

@@ -72,7 +72,7 @@ def call_moments(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any
         moments = layer.moments(x, given.get("mask"))
     else:
         moments = Moments.of(x.detach(), dtype=torch.float64)
-    num_channels = layer.running_mean.numel()
+    num_channels = layer.num_features
     if moments.mean.numel() != num_channels:
         raise ValueError(f"expected {num_channels} channels, got input of shape {tuple(x.shape)}")
     return Moments(moments.mean.flatten(), moments.var.flatten(), moments.count)
