@@ -99,7 +99,7 @@ def run_batch(model: nn.Module, batch: Any, index: int, forward: Forward | None)
 
     Raises:
         TypeError: The model wants other arguments than the batch has.
-        RuntimeError: Batch and model are on different devices.
+        RuntimeError: The model fails on the batch, or they are on different devices.
     """
     try:
         return (forward or feed)(model, batch)
@@ -116,7 +116,7 @@ def run_batch(model: nn.Module, batch: Any, index: int, forward: Forward | None)
         of_batch = {str(t.device) for t in tree_leaves(batch) if isinstance(t, Tensor)}
         of_model = {str(t.device) for t in (*model.parameters(), *model.buffers())}
         if of_batch <= of_model:
-            raise
+            raise RuntimeError(f"batch {index}: {type(model).__name__} fails on it: {error}") from error
         raise RuntimeError(
             f"batch {index} is on {', '.join(sorted(of_batch))} and the model on "
             f"{', '.join(sorted(of_model))}: "

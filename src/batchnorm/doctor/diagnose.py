@@ -13,6 +13,7 @@ from batchnorm.doctor.data import Loss, kept
 from batchnorm.doctor.diagnosis import LEVELS, Diagnosis, Finding, LayerFacts
 from batchnorm.doctor.examination import Examination, examine
 from batchnorm.doctor.observe import norms_of
+from batchnorm.doctor.route import route
 from batchnorm.statistics.passes import Forward
 from batchnorm.surgery.models import check_model
 
@@ -87,6 +88,7 @@ def diagnose(
         num_batches=len(exam.given),
         num_examples=sum(exam.batch.sizes),
         notes=tuple(exam.notes),
+        route=route(exam.model, exam.data[0], forward),
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from batchnorm.doctor.route import Stop
 from batchnorm.files import write_bytes
 
 LEVELS = ("wrong", "risk", "note")
@@ -104,6 +105,7 @@ class Diagnosis:
         num_batches: Batches looked at.
         num_examples: Examples in them.
         notes: What could not be looked at, and why.
+        route: All modules that the data meet, in that order.
     """
 
     findings: tuple[Finding, ...]
@@ -114,6 +116,7 @@ class Diagnosis:
     num_batches: int
     num_examples: int
     notes: tuple[str, ...] = ()
+    route: tuple[Stop, ...] = ()
 
     @property
     def healthy(self) -> bool:
@@ -142,6 +145,7 @@ class Diagnosis:
                 for f in self.findings
             ],
             "layers": [vars(layer) for layer in self.layers],
+            "route": [vars(stop) for stop in self.route],
         }
         rest = ("inference_loss", "batch_loss", "distance", "num_batches", "num_examples", "notes")
         finite: dict[str, Any] = _finite({**plain, **{name: getattr(self, name) for name in rest}})
@@ -155,6 +159,19 @@ class Diagnosis:
         """
         write_bytes(Path(path), json.dumps(self.to_json(), indent=1, allow_nan=False).encode())
         return Path(path)
+
+    def write_page(self, path: str | os.PathLike[str], title: str = "Diagnosis") -> Path:
+        """Write one HTML page that opens offline: findings, a map of the network, each layer's distributions.
+
+        Needs jinja2 (in ``batchnorm[train]``).
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        # The bare package has no jinja2.
+        from batchnorm.doctor.page import write_page
+
+        return write_page(self, path, title)
 
     def __str__(self) -> str:
         head = (

@@ -1,6 +1,6 @@
 """Everything that the detectors judge by, measured once on a copy of the model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,6 +14,7 @@ from batchnorm.doctor.data import Loss, mixed
 from batchnorm.doctor.fit import Fit, fit_of
 from batchnorm.doctor.observe import Observation, Seen, is_frozen, norms_of, observe
 from batchnorm.doctor.step import Step, take_step
+from batchnorm.moments import Moments
 from batchnorm.statistics import recalibrate
 from batchnorm.statistics.passes import Forward
 from batchnorm.surgery.models import copied
@@ -133,13 +134,31 @@ class Examination:
     def gap_after(self, change: Callable[[nn.Module], object]) -> Gap:
         """Of a copy of the model after ``change``."""
         cured = copied(self.model)
-        change(cured)
+        with torch.no_grad():
+            change(cured)
         return Gap(self.observe(cured, self.data, "inference"), self.observe(cured, self.data, "batch"))
 
     @cached_property
-    def recalibrated(self) -> Gap:
-        """The gap with statistics taken from these data, which several cures come down to."""
-        return self.gap_after(self.recalibrate)
+    def population(self) -> dict[str, Moments]:
+        """What recalibration on these data would store, by layer; the variance is unbiased."""
+        model = copied(self.model)
+        self.recalibrate(model)
+        return {
+            name: Moments(layer.running_mean.clone(), layer.running_var.clone(), 0)
+            for name, layer in norms_of(model).items()
+            if layer.running_mean is not None
+        }
+
+    def gap_with_population(self, names: Collection[str]) -> Gap:
+        """The gap with the statistics of the data in these layers, and the others as they are."""
+
+        def store(model: nn.Module) -> None:
+            for name in names:
+                layer, new = model.get_submodule(name), self.population[name]
+                layer.running_mean.copy_(new.mean)
+                layer.running_var.copy_(new.var)
+
+        return self.gap_after(store)
 
     def recalibrate(self, model: nn.Module) -> None:
         """Give a copy of the model the statistics of the data."""

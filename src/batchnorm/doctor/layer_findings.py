@@ -172,11 +172,11 @@ def _biases(exam: Examination) -> list[Finding]:
             "dead-bias",
             "note",
             tuple(dead),
-            f"{len(dead)} modules have a bias whose gradient is zero to {max(dead.values()):.0e} of the "
-            "weight's, because a "
+            f"{len(dead)} with a bias whose gradient is zero to {max(dead.values()):.0e} of the weight's, "
+            "for a "
             f"normalization follows{reader}: {size:,} parameters that cannot learn. Adam moves them all the "
-            "same, by "
-            "rounding noise",
+            "same, "
+            "by rounding noise",
             {"biases": size},
             "bias=False there; bn.insert removes them in models that it normalizes",
         )

@@ -97,8 +97,8 @@ def _is_scaled(exam: Examination, name: str) -> bool:
     return scaled.off < MISFIT
 
 
-def _by_recalibration(exam: Examination) -> Effect:
-    after = exam.recalibrated
+def _by_recalibration(exam: Examination, names: tuple[str, ...]) -> Effect:
+    after = exam.gap_with_population(names)
     return Effect(exam.gap.what, exam.gap.value, after.value)
 
 
@@ -128,7 +128,7 @@ def _poisoned(exam: Examination, names: tuple[str, ...]) -> Finding:
         {**_numbers(fit), "median_ratio": ratio},
         "bn.recalibrate(model, batches); bn.commit_on_step, or our layers, keep such batches out from then "
         "on",
-        _by_recalibration(exam),
+        _by_recalibration(exam, names),
     )
 
 
@@ -148,7 +148,7 @@ def _stale(exam: Examination, names: tuple[str, ...]) -> Finding:
         f"{_misfit(fit)}: {why}",
         {**_numbers(fit), "leftover": weight, "updates": updates},
         "bn.recalibrate(model, batches), or momentum=None or a larger momentum for short trainings",
-        _by_recalibration(exam),
+        _by_recalibration(exam, names),
     )
 
 
@@ -164,7 +164,7 @@ def _momentum(exam: Examination, names: tuple[str, ...]) -> Finding:
         "batch outweigh all others. In PyTorch momentum is the weight of the newest batch",
         {**_numbers(fit), "momentum": float(layer.momentum), "noise": noise},
         f"momentum={max(0.01, min(0.1, 1 - layer.momentum)):.2g}, and bn.recalibrate(model, batches) now",
-        _by_recalibration(exam),
+        _by_recalibration(exam, names),
     )
 
 
@@ -177,7 +177,7 @@ def _averaged_weights(exam: Examination, names: tuple[str, ...]) -> Finding:
         f"{_misfit(fit)}: the weights are an average over training, and the statistics belong to others",
         _numbers(fit),
         "bn.recalibrate(averaged, batches) after the last update of the average",
-        _by_recalibration(exam),
+        _by_recalibration(exam, tuple(exam.fits)),
     )
 
 
@@ -197,7 +197,7 @@ def _dropout(exam: Examination, names: tuple[str, ...]) -> Finding:
         "put dropout behind the last normalization; for this model, bn.recalibrate(model, batches), which "
         "runs "
         "without dropout",
-        _by_recalibration(exam),
+        _by_recalibration(exam, tuple(exam.fits)),
     )
 
 
@@ -242,7 +242,7 @@ def _domain(exam: Examination, names: tuple[str, ...]) -> Finding:
         "if these are the data to serve: bn.recalibrate(model, batches of them). If they are the training "
         "data, the "
         "inputs are prepared differently now, or the weights were changed after the statistics",
-        _by_recalibration(exam),
+        _by_recalibration(exam, tuple(exam.fits)),
     )
 
 
@@ -258,7 +258,7 @@ def _changed(exam: Examination, names: tuple[str, ...]) -> Finding:
         "after the statistics were taken (averaged, pruned, quantized, or loaded from another file)",
         {**_numbers(fit), "first_off": exam.fits[first].off},
         "bn.recalibrate(model, batches)",
-        _by_recalibration(exam),
+        _by_recalibration(exam, tuple(exam.fits)),
     )
 
 
