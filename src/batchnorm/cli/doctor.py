@@ -86,7 +86,12 @@ def run(argv: list[str]) -> None:
         )
     else:
         batches = _batches(saved, saved.data, arguments)
-    diagnosis = diagnose(saved.model, batches, num_batches=arguments.num_batches, progress=arguments.progress)
+    try:
+        diagnosis = diagnose(
+            saved.model, batches, num_batches=arguments.num_batches, progress=arguments.progress
+        )
+    except RuntimeError as error:  # the user's model on the user's data
+        raise ValueError(str(error)) from error
     arguments.out.mkdir(parents=True, exist_ok=True)
     diagnosis.save(arguments.out / "diagnosis.json")
     page = diagnosis.write_page(arguments.out / "report.html", f"Doctor: {arguments.model}")
