@@ -6,10 +6,11 @@ from batchnorm.doctor.data import labels_of
 from batchnorm.doctor.diagnosis import Effect, Finding
 from batchnorm.doctor.examination import Examination, Gap
 from batchnorm.doctor.observe import is_frozen
-from batchnorm.doctor.statistics_findings import SORTED
 
 # Deviation of a batch's mean in deviations of the samples: ten independent ones.
 NOISY = 0.3
+# Variance between batches by that of batches drawn at random.
+SORTED = 3.0
 
 
 def find(exam: Examination) -> list[Finding]:

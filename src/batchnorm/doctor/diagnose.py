@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from batchnorm.doctor import batch_findings, layer_findings, mode_findings, statistics_findings
+from batchnorm.doctor import batch_findings, layer_findings, mode_findings, statistics_findings, use_findings
 from batchnorm.doctor.data import Loss, kept
 from batchnorm.doctor.diagnosis import LEVELS, Diagnosis, Finding, LayerFacts
 from batchnorm.doctor.examination import Examination, examine
@@ -75,7 +75,7 @@ def diagnose(
             progress=said,
         )
         found: list[Finding] = []
-        for detectors in (statistics_findings, mode_findings, batch_findings, layer_findings):
+        for detectors in (statistics_findings, use_findings, mode_findings, batch_findings, layer_findings):
             said("cures")
             found += detectors.find(exam)
     found.sort(key=lambda finding: (LEVELS.index(finding.level), -_gain(finding)))
@@ -153,5 +153,5 @@ def _shown(progress: bool) -> Any:
         raise ImportError('progress=True draws with rich: pip install "batchnorm[train]"') from error
     columns = (TextColumn("diagnose"), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=9)
+        task = bar.add_task("", total=10)
         yield lambda what: bar.update(task, description=what, advance=1)
