@@ -178,7 +178,8 @@ def test_report_reads_as_a_table():
     model, x = deep(), images()
     lines = str(recalibrate(model, x.split(9))).splitlines()
     assert lines[0].startswith("recalibrated 4 layers, method 'exact': 5 batches, 5 passes, residual ")
-    assert " ".join(lines[1].split()) == "layer channels samples/channel mean moved (std) std changed (×)"
+    header = "layer channels samples/channel mean moved (std) std changed (×) std. error"
+    assert " ".join(lines[1].split()) == header
     assert lines[3].split()[:3] == ["bn1", "5", str(DATA * 16)]
     assert {len(line) for line in lines[1:7]} == {len(lines[1])}
 
