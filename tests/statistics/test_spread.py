@@ -53,7 +53,8 @@ def test_any_tree_of_merges_gives_the_errors_by_definition(sizes, offset, order,
     assert spread.num == len(sizes)
     got = spread.standard_errors(float64_moments(torch.cat(batches)), 1e-5)
     for one, expected in zip(got, by_definition(batches, 1e-5), strict=True):
-        torch.testing.assert_close(one, expected, rtol=1e-7, atol=1e-9)
+        # Roots of what rounding leaves of squares: an error is known to about 1e-8 of a deviation.
+        torch.testing.assert_close(one, expected, rtol=1e-7, atol=1e-7)
 
 
 def test_batches_of_a_constant_channel_leave_no_error():
