@@ -1,7 +1,5 @@
 """Puts new statistics into a model, and takes them out again where they are worse."""
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -44,21 +42,21 @@ def install(
 
     Returns:
         The changes in the order of ``layers``, the metric's change, and whether the old statistics
-        are back in place. If the metric raises they are, too.
+        are back in place. If anything raises, they are, too.
     """
     saved = saved_statistics(layers.values())
-    changes = []
-    with torch.no_grad():
-        for name, (mean, var) in statistics.items():
-            changes.append(_put(name, layers[name], mean, var, source, errors[name], paper_gaps.get(name)))
-    if metric is None:
-        return tuple(changes), None, False
+    changes: list[LayerChange] = []
     try:
-        after = measured(metric, model, group)
+        with torch.no_grad():
+            for name, (mean, var) in statistics.items():
+                gap = paper_gaps.get(name)
+                changes.append(_put(name, layers[name], mean, var, source, errors[name], gap))
+        if metric is None:
+            return tuple(changes), None, False
+        outcome = MetricChange(before, measured(metric, model, group), higher_is_better)
     except BaseException:
         put_back(saved)
         raise
-    outcome = MetricChange(before, after, higher_is_better)
     kept_old = keep_better and outcome.is_worse
     if kept_old:
         put_back(saved)
@@ -72,7 +70,7 @@ def _put(
     var: Tensor,
     source: Pass,
     errors: tuple[float, float],
-    paper_gap: Any,
+    paper_gap: float | None,
 ) -> LayerChange:
     old = (layer.running_mean.clone(), layer.running_var.clone())
     store(layer, mean, var)

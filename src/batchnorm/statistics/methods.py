@@ -1,5 +1,6 @@
 """Population statistics by each of the methods, from passes over the data."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -44,7 +45,7 @@ def find(passes: Passes, method: str, tolerance: float) -> Found:
             mean, var = average.mean.chunk(2)
             statistics[name] = (mean, var)
         found = Found(statistics, last, None)
-    check_counts(passes, last)
+    check_counts(passes.layers, last)
     return found
 
 
@@ -55,11 +56,11 @@ def train_through(passes: Passes, *, average: bool = False) -> Pass:
     return passes.run(passes.layers, average=average, spread=True)
 
 
-def check_counts(passes: Passes, last: Pass) -> None:
+def check_counts(layers: Iterable[str], last: Pass) -> None:
     """Raise ``ValueError`` where samples are too few for a variance, or no layer was reached."""
     if not last.moments:
         raise ValueError(
-            f"no batch reached any of the layers {', '.join(map(repr, passes.layers))} in evaluation mode: "
+            f"no batch reached any of the layers {', '.join(map(repr, layers))} in evaluation mode: "
             "give batches, or forward=callable(model, batch), that run them"
         )
     for name, moments in last.moments.items():
