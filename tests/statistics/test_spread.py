@@ -47,7 +47,7 @@ def test_any_tree_of_merges_gives_the_errors_by_definition(sizes, offset, order,
         torch.randn(n, 3, generator=generator, dtype=torch.float64) + kind + offset
         for n, kind in zip(sizes, kinds, strict=True)
     ]
-    parts = [Spread.of(float64_moments(b)) for b in [*batches, batches[0][:0]]]  # one has no samples
+    parts = [Spread.of([float64_moments(b)]) for b in [*batches, batches[0][:0]]]  # one has no samples
     order.shuffle(parts)
     spread = merged(parts)
     assert spread.num == len(sizes)
@@ -58,14 +58,14 @@ def test_any_tree_of_merges_gives_the_errors_by_definition(sizes, offset, order,
 
 
 def test_batches_of_a_constant_channel_leave_no_error():
-    parts = [Spread.of(float64_moments(torch.full((n, 1), 1e4))) for n in (5, 2, 9)]
+    parts = [Spread.of([float64_moments(torch.full((n, 1), 1e4))]) for n in (5, 2, 9)]
     for error in merged(parts).standard_errors(float64_moments(torch.full((16, 1), 1e4)), 0.0):
         assert error.item() == 0
 
 
 def test_one_batch_tells_nothing_of_the_error():
     x = torch.randn(9, 2)
-    for error in Spread.of(float64_moments(x)).standard_errors(float64_moments(x), 1e-5):
+    for error in Spread.of([float64_moments(x)]).standard_errors(float64_moments(x), 1e-5):
         assert error.tolist() == [torch.inf, torch.inf]
 
 
@@ -81,7 +81,7 @@ def test_errors_are_true_where_locations_within_an_image_are_correlated(per_batc
     for drawn in images:
         parts = [float64_moments(b) for b in drawn.split(per_batch)]
         pooled = Moments.merged(parts)
-        told.append([e.item() for e in merged([Spread.of(p) for p in parts]).standard_errors(pooled, 0.0)])
+        told.append([e.item() for e in Spread.of(parts).standard_errors(pooled, 0.0)])
         means.append(pooled.mean.item())
         deviations.append(pooled.var.sqrt().item())
     made = [torch.tensor(v).std().item() / 1.01**0.5 for v in (means, deviations)]

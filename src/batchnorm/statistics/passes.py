@@ -18,6 +18,9 @@ from batchnorm.moments import Moments
 from batchnorm.statistics.feeding import Forward, explained, feed, length, shown
 from batchnorm.statistics.spread import Spread
 
+# Batches whose spread is computed at once: one by one costs small layers as much as the rest of a pass.
+_TOGETHER = 64
+
 
 class _StopHere(BaseException):  # not an Exception: a model's own `except Exception` lets it through
     """Ends a forward pass at a layer whose statistics are not known yet."""
@@ -160,6 +163,7 @@ class Passes:
         spread: bool,
     ) -> None:
         of_batch: dict[str, Moments] = {}
+        waiting: dict[str, list[Moments]] = {}
 
         def enter(name: str, layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             place = f"batch {found.num_batches}, layer {name or '(model)'!r}"
@@ -203,9 +207,12 @@ class Passes:
                     raise better from error
                 found.num_batches += 1
                 for name, moments in of_batch.items():
-                    one = Spread.of(moments)
-                    found.spreads[name] = found.spreads[name].merge(one) if name in found.spreads else one
+                    waiting.setdefault(name, []).append(moments)
+                    if len(waiting[name]) == _TOGETHER:
+                        _spread(found.spreads, name, waiting.pop(name))
                 of_batch.clear()
+        for name, several in waiting.items():
+            _spread(found.spreads, name, several)
         if self.limit is not None and found.num_batches == self.limit:
             found.exhausted = self._kept is None and length(self.batches) == self.limit
 
@@ -233,7 +240,7 @@ class Passes:
                 if average:
                     whole.averages[name] = self._over_ranks(mine.averages.get(name), 2 * size, device)
                 if spread:
-                    here = mine.spreads.get(name) or Spread.of(_nothing(size, device))
+                    here = mine.spreads.get(name) or Spread.of([_nothing(size, device)])
                     whole.spreads[name] = here.all_reduce(self.group)
         return whole
 
@@ -261,6 +268,11 @@ def _nothing(size: int, device: torch.device) -> Moments:
 
 def _pool(pooled: dict[str, Moments], name: str, moments: Moments) -> None:
     pooled[name] = pooled[name].merge(moments) if name in pooled else moments
+
+
+def _spread(spreads: dict[str, Spread], name: str, batches: list[Moments]) -> None:
+    several = Spread.of(batches)
+    spreads[name] = spreads[name].merge(several) if name in spreads else several
 
 
 def _check(moments: Moments, place: str, *, in_training: bool) -> None:

@@ -1,5 +1,6 @@
 """How far batches differ from each other, and so how well they determine a mean and a variance."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -34,11 +35,20 @@ class Spread:
     num: int
 
     @classmethod
-    def of(cls, batch: Moments) -> "Spread":
-        """One batch by itself."""
-        count = int(batch.count)
-        sums = torch.zeros(5, batch.mean.numel(), dtype=torch.float64, device=batch.mean.device)
-        return cls(batch.mean.double(), batch.var.double(), sums, float(count) ** 2, int(count > 0))
+    def of(cls, batches: Sequence[Moments]) -> "Spread":
+        """Of the moments of at least one batch, channel by channel, each by itself."""
+        means = torch.stack([batch.mean for batch in batches]).double()
+        variances = torch.stack([batch.var for batch in batches]).double()
+        counts = [int(batch.count) for batch in batches]
+        # From one that has samples: the zeros of one that has none may be far from all the others.
+        first = max(range(len(counts)), key=lambda i: counts[i] > 0)
+        center, level = means[first], variances[first]
+        d = means - center
+        u = variances + d.square() - level
+        weights = torch.tensor([float(count) ** 2 for count in counts], dtype=torch.float64).to(d.device)
+        sums = torch.stack([weights @ t for t in (d, u, d.square(), d * u, u.square())])
+        num = sum(count > 0 for count in counts)
+        return cls(center, level, sums, sum(float(count) ** 2 for count in counts), num)
 
     def merge(self, other: "Spread") -> "Spread":
         """Both sets of batches together, in either order (the sums are moved to one center)."""
