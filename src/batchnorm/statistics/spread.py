@@ -45,10 +45,11 @@ class Spread:
         center, level = means[first], variances[first]
         d = means - center
         u = variances + d.square() - level
-        weights = torch.tensor([float(count) ** 2 for count in counts], dtype=torch.float64).to(d.device)
-        sums = torch.stack([weights @ t for t in (d, u, d.square(), d * u, u.square())])
-        num = sum(count > 0 for count in counts)
-        return cls(center, level, sums, sum(float(count) ** 2 for count in counts), num)
+        squares = [float(count) ** 2 for count in counts]
+        weights = torch.tensor(squares, dtype=torch.float64).to(d.device)[:, None]
+        # No matrix product: on CUDA that is refused where deterministic algorithms are asked for.
+        sums = torch.stack([(weights * t).sum(0) for t in (d, u, d.square(), d * u, u.square())])
+        return cls(center, level, sums, sum(squares), sum(count > 0 for count in counts))
 
     def merge(self, other: "Spread") -> "Spread":
         """Both sets of batches together, in either order (the sums are moved to one center)."""
