@@ -41,7 +41,8 @@ class LayerChange:
         mean_error: Standard error of the new mean, in deviations (``sqrt(var + eps)``), largest over
             channels: how far it may be from that of endless data. It is estimated from how much the
             batches differ, which makes no assumption on the samples within one, but takes the
-            batches for independent (shuffled). ``None`` if there is only one.
+            batches for independent (shuffled). ``None`` if there is only one. For "paper" it is that
+            of the pooled statistics.
         std_error: Standard error of the new deviation ``sqrt(var + eps)``, relative to it; likewise.
         paper_gap: For ``method="paper"``: the largest relative difference, over channels, between
             the deviation from averaged batch variances and the one of the pooled samples.
