@@ -1,6 +1,8 @@
 """Population statistics: what a batch-normalized network uses once training is over."""
 
+from batchnorm.statistics.metric import MetricChange
+from batchnorm.statistics.population import Population
 from batchnorm.statistics.recalibrate import recalibrate
 from batchnorm.statistics.recalibration_report import LayerChange, RecalibrationReport
 
-__all__ = ["LayerChange", "RecalibrationReport", "recalibrate"]
+__all__ = ["LayerChange", "MetricChange", "Population", "RecalibrationReport", "recalibrate"]
