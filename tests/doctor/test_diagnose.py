@@ -171,7 +171,7 @@ def test_num_batches_limits_what_is_read():
             nn.BatchNorm1d(3),
             [{"image": torch.zeros(4, 3)}],
             TypeError,
-            r"batch 0.*cannot be called with it.*forward=",
+            r"batch 0 does not fit BatchNorm1d\.forward.*forward=",
         ),
         (nn.BatchNorm1d(3), [7], TypeError, "a batch must be a tensor"),
     ],

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from batchnorm.statistics.passes import Forward, feed
+from batchnorm.statistics.feeding import Forward, explained, feed
 
 Loss = Callable[[Any, Any], Any]
 
@@ -101,27 +101,16 @@ def run_batch(model: nn.Module, batch: Any, index: int, forward: Forward | None)
         TypeError: The model wants other arguments than the batch has.
         RuntimeError: The model fails on the batch, or they are on different devices.
     """
+    call = forward or feed
     try:
-        return (forward or feed)(model, batch)
-    except TypeError as error:
-        if "argument" not in str(error):
-            raise
-        raise TypeError(
-            f"batch {index}: {type(model).__name__} cannot be called with it: {error}. A tensor, the first "
-            "item of a "
-            "tuple, or a dict of keywords is what the model gets; pass forward=callable(model, batch) for "
-            "others"
-        ) from error
-    except RuntimeError as error:
-        of_batch = {str(t.device) for t in tree_leaves(batch) if isinstance(t, Tensor)}
-        of_model = {str(t.device) for t in (*model.parameters(), *model.buffers())}
-        if of_batch <= of_model:
+        return call(model, batch)
+    except (TypeError, RuntimeError) as error:
+        better = explained(error, model, batch, index, call)
+        if better is not error:
+            raise better from error
+        if isinstance(error, RuntimeError):
             raise RuntimeError(f"batch {index}: {type(model).__name__} fails on it: {error}") from error
-        raise RuntimeError(
-            f"batch {index} is on {', '.join(sorted(of_batch))} and the model on "
-            f"{', '.join(sorted(of_model))}: "
-            f"move one of them. torch said: {error}"
-        ) from error
+        raise
 
 
 def tensors_of(output: Any) -> list[Tensor]:

@@ -14,7 +14,7 @@ from batchnorm.doctor.diagnosis import LEVELS, Diagnosis, Finding, LayerFacts
 from batchnorm.doctor.examination import Examination, examine
 from batchnorm.doctor.observe import norms_of
 from batchnorm.doctor.route import route
-from batchnorm.statistics.passes import Forward
+from batchnorm.statistics.feeding import Forward
 from batchnorm.surgery.models import check_model
 
 

@@ -16,7 +16,7 @@ from batchnorm.doctor.observe import Observation, Seen, is_frozen, norms_of, obs
 from batchnorm.doctor.step import Step, take_step
 from batchnorm.moments import Moments
 from batchnorm.statistics import recalibrate
-from batchnorm.statistics.passes import Forward
+from batchnorm.statistics.feeding import Forward
 from batchnorm.surgery.models import copied
 
 # Beyond this many layers, the exact method's pass for each of them would be most of a diagnosis.

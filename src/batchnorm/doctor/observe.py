@@ -13,7 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm.doctor.data import Loss, loss_of, run_batch, size_of, tensors_of
 from batchnorm.layers import BatchNormPerActivation, Normalization
 from batchnorm.moments import Moments
-from batchnorm.statistics.passes import Forward, call_moments
+from batchnorm.statistics.feeding import Forward
+from batchnorm.statistics.passes import call_moments
 
 AS_IT_IS = "as it is"
 BINS = torch.linspace(-5, 5, 42, dtype=torch.float64)

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.doctor.data import run_batch
 from batchnorm.doctor.observe import held, set_mode
-from batchnorm.statistics.passes import Forward
+from batchnorm.statistics.feeding import Forward
 
 
 @dataclass(frozen=True)

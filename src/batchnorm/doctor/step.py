@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 
 from batchnorm.doctor.data import run_batch, tensors_of
 from batchnorm.doctor.observe import norms_of
-from batchnorm.statistics.passes import Forward
+from batchnorm.statistics.feeding import Forward
 from batchnorm.surgery.agreement import backward
 
 
