@@ -43,7 +43,7 @@ def test_healthy_network_yields_nothing():
     assert diagnosis.gap < 0.01
 
 
-@pytest.mark.parametrize("size", [32, 48, 100, 250])
+@pytest.mark.parametrize("size", [16, 32, 48, 100, 250])
 def test_healthy_network_yields_nothing_at_other_batch_sizes(size):
     assert diagnose(healthy(), batches(size)).healthy
 
@@ -211,6 +211,14 @@ def test_frozen_by_us_does_not_move():
 def test_other_domain(change, layer):
     given = [(change(x), y) for x, y in batches()]
     closes(only(diagnose(healthy(), given), "other-domain", layer), 0.02)
+
+
+def test_other_domain_after_few_updates_is_not_called_stale():
+    model = healthy()
+    for layer in (model.bn1, model.bn2, model.bn3, model.bn4):
+        layer.num_batches_tracked.fill_(20)  # the initial statistics would weigh 12 %, if these were averages
+    given = [(1 - x, y) for x, y in batches()]
+    closes(only(diagnose(model, given), "other-domain", "bn1"), 0.02)
 
 
 def test_changed_weights():
