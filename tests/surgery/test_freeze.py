@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from batchnorm import layers
-from batchnorm.surgery import freeze, thaw
+from batchnorm.surgery import accelerate, freeze, thaw
 
 
 def make():
@@ -127,6 +127,17 @@ def test_gradients_pass_a_frozen_layer_as_one_linear_map():
     model.train()(x).backward(cotangent)
     scale = model[1].weight / (model[1].running_var + model[1].eps).sqrt()
     torch.testing.assert_close(x.grad, (cotangent * scale) @ model[0].weight)
+
+
+def test_a_thaw_keeps_what_an_accelerated_copy_carries():
+    # A frozen layer of torch's that was fused became torch's again, without its activation.
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU())
+    freeze(model)
+    fast, _ = accelerate(model, X, keep_memory=False)
+    assert fast[1].activation == "relu"
+    thaw(fast)
+    assert fast[1].activation == "relu"
+    assert fast.eval()(X).min() == 0
 
 
 class Foreign(nn.BatchNorm1d):
