@@ -85,6 +85,11 @@ def borrow(layer: nn.Module, by: str) -> Normalization:
     return layer
 
 
+def is_borrowed(layer: nn.Module) -> bool:
+    """Whether a layer is torch's, and ours on loan only."""
+    return _LOAN in layer.__dict__
+
+
 def release(layer: Normalization, by: str) -> None:
     """Give a borrowed layer back; the last one to do so makes it torch's again, exactly as it was.
 
@@ -92,7 +97,7 @@ def release(layer: Normalization, by: str) -> None:
         layer: Borrowed, or a layer that was ours from the start, which stays ours.
         by: Who borrowed it.
     """
-    if _LOAN not in layer.__dict__:
+    if not is_borrowed(layer):
         return
     was, dtypes, holders = layer.__dict__[_LOAN]
     holders.discard(by)
