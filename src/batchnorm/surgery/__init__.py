@@ -6,6 +6,7 @@ from batchnorm.surgery.fold import FoldProof, FoldReport, fold
 from batchnorm.surgery.freeze import freeze, thaw
 from batchnorm.surgery.insert import insert
 from batchnorm.surgery.outcome import Change, Note, Refusal, SurgeryReport
+from batchnorm.surgery.parameter_groups import parameter_groups
 from batchnorm.surgery.twin import TwinReport
 
 __all__ = [
@@ -22,5 +23,6 @@ __all__ = [
     "fold",
     "freeze",
     "insert",
+    "parameter_groups",
     "thaw",
 ]

@@ -72,15 +72,15 @@ def convert(
         if not reason and kind.is_one(layer):
             continue
         reason = reason or kind.obstacle(layer, called)
-        carries = isinstance(layer, Normalization) and layer.activation is not None and to != "plain"
-        if not reason and carries:
+        splits = isinstance(layer, Normalization) and bool(layer.activation) and not kind.carries_activations
+        if not reason and splits:
             reason = split_obstacle(new, layer)
         if reason:
             refusals.append(Refusal(path, reason))
             continue
-        remark = split(new, layer) if carries else ""
+        remark = split(new, layer) if splits else ""
         what = kind.become(layer, called)
-        if to == "plain":
+        if kind.carries_activations:
             remark = rejoin(new, layer)
         changes.append(Change(path, what + remark))
     return new, _report(model, new, args, changes, refusals)

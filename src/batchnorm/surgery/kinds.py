@@ -42,12 +42,14 @@ class Kind:
         is_one: Whether a layer is of the kind already.
         obstacle: Why a layer cannot become one; empty if it can.
         become: Makes a layer one, in place: every reference, hook and flag stays. Gives what
-            happened. The activation that an obstacle let pass is `split` off by `convert`.
+            happened.
+        carries_activations: Whether such layers can; where not, `convert` splits them off before.
     """
 
     is_one: Callable[[nn.Module], bool]
     obstacle: Callable[[nn.Module, Calls], str]
     become: Callable[[nn.Module, Calls], str]
+    carries_activations: bool
 
 
 def is_normalization(module: nn.Module) -> bool:
@@ -164,6 +166,10 @@ def _unfreeze_class(layer: Any) -> None:
 # Torch: `torch.nn`'s layers.
 
 
+def _is_torchs(layer: nn.Module) -> bool:
+    return type(layer) in OURS
+
+
 def _torch_obstacle(layer: nn.Module, calls: Calls) -> str:
     if is_frozen_by_class(layer):
         return "torch.nn has no layer that stays frozen in training; to='plain' has"
@@ -198,8 +204,8 @@ def _become_torch(layer: nn.Module, calls: Calls) -> str:
 
 
 KINDS: Mapping[str, Kind] = {
-    "plain": Kind(_is_plain, _plain_obstacle, _become_plain),
-    "torch": Kind(lambda layer: type(layer) in OURS, _torch_obstacle, _become_torch),
+    "plain": Kind(_is_plain, _plain_obstacle, _become_plain, carries_activations=True),
+    "torch": Kind(_is_torchs, _torch_obstacle, _become_torch, carries_activations=False),
 }
 """By the name that ``to=`` takes."""
 
