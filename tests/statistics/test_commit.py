@@ -8,14 +8,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from batchnorm import layers
-from batchnorm.layers import pending
+from batchnorm.layers import pending, small
 from batchnorm.statistics import commit_on_step
 
 
-@pytest.fixture(autouse=True, params=["cpu", "as on a device"])
-def _looks(request, monkeypatch):
-    """On a GPU no value may be looked at: the same code, told that the CPU is such a device."""
-    if request.param != "cpu":
+@pytest.fixture(autouse=True, params=["small", "large", "as on a device"])
+def _road(request, monkeypatch):
+    """The short road of small inputs, the usual one, and as on a GPU, where no value may be looked at."""
+    if request.param != "small":
+        monkeypatch.setattr(small, "normalize", lambda *_: None)
+    if request.param == "as on a device":
         monkeypatch.setattr(pending, "may_look_at", lambda tensor: False)
         monkeypatch.setattr("batchnorm.statistics.commit.may_look_at", lambda tensor: False)
 
