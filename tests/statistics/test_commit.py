@@ -1,7 +1,5 @@
 """`commit_on_step`: what the statistics move by, and when, against float64 formulas of the pooled batch."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -399,15 +397,3 @@ def test_half_precision_statistics_come_back_as_they_were():
         assert_at(layer, moved(layer, (torch.zeros(3), torch.ones(3)), *parts))
     assert layer.running_mean.dtype == torch.bfloat16
     assert layer(parts[0]).dtype == torch.bfloat16
-
-
-def test_accumulating_over_a_copy_of_the_model_changes_nothing_for_the_original():
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    handle = commit_on_step(model, optimizer)
-    model(torch.randn(6, 4))
-    twin = copy.deepcopy(model)
-    assert twin[1].pending is None
-    twin(torch.randn(6, 4))  # moves at once: no handle of its own
-    assert twin[1].num_batches_tracked.item() == 1
-    assert handle.waiting == {"1": 1, "4": 1}

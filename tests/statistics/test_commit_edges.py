@@ -95,6 +95,18 @@ def test_what_waits_can_be_committed_or_dropped_by_hand():
     assert handle.moves == {"1": 1, "4": 1}
 
 
+def test_accumulating_over_a_copy_of_the_model_changes_nothing_for_the_original():
+    model = network()
+    optimizer = sgd(model)
+    handle = commit_on_step(model, optimizer)
+    model(torch.randn(6, 4))
+    twin = copy.deepcopy(model)
+    assert twin[1].pending is None
+    twin(torch.randn(6, 4))  # moves at once: no handle of its own
+    assert twin[1].num_batches_tracked.item() == 1
+    assert handle.waiting == {"1": 1, "4": 1}
+
+
 def test_a_pickled_model_has_no_handle():
     model = network()
     commit_on_step(model, sgd(model))
