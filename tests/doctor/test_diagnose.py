@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import batchnorm as bn
 from batchnorm.doctor import Effect, diagnose
+from batchnorm.doctor.observe import held, set_mode
 
 
 def test_everything_is_left_as_it_was():
@@ -31,6 +32,20 @@ def test_everything_is_left_as_it_was():
     assert torch.equal(torch.get_rng_state(), random)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+def test_what_is_held_comes_out_as_it_went_in():
+    model = healthy()
+    model.bn2.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    with pytest.raises(KeyError), held(model):
+        set_mode(model, "training")
+        model(batches()[0][0])
+        assert not torch.equal(model.bn1.running_mean, before["bn1.running_mean"])
+        raise KeyError
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_losses_and_gap_are_those_of_plain_loops():

@@ -279,6 +279,27 @@ def test_dead_bias_before_normalization():
     assert "'bn2'" in finding.evidence
 
 
+class Attends(nn.Module):
+    """Attention over the rows of a digit: a bias of the keys shifts all scores of a row alike, to no effect."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key = nn.Linear(8, 16), nn.Linear(8, 16)
+        self.value = nn.Linear(8, 16, bias=False)
+        self.norm = nn.BatchNorm1d(128)
+        self.head = nn.Linear(128, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.squeeze(1)
+        scores = (self.query(rows) @ self.key(rows).transpose(1, 2)).softmax(-1)
+        return self.head(F.relu(self.norm((scores @ self.value(rows)).flatten(1))))
+
+
+def test_a_bias_without_effect_is_only_told_where_normalization_takes_it_away():
+    torch.manual_seed(0)
+    assert diagnose(train(Attends(), 150), batches()).healthy
+
+
 class DroppedBefore(nn.Module):
     """Dropout right before the layers that are normalized, as in the networks of old."""
 

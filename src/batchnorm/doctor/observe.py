@@ -252,7 +252,7 @@ def set_mode(model: nn.Module, mode: str, resting: Collection[str] = ()) -> None
 
 @contextmanager
 def held(model: nn.Module) -> Iterator[None]:
-    """Training flags, buffers of normalizations and gradients come out as they went in."""
+    """Training flags and buffers of normalizations come out as they went in."""
     flags = [(module, module.training) for module in model.modules()]
     saved = [(b, b.clone()) for layer in norms_of(model).values() for b in layer.buffers(recurse=False)]
     try:
