@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import batchnorm as bn
 from batchnorm.doctor import Effect, diagnose
+from batchnorm.doctor.data import mixed
 from batchnorm.doctor.observe import held, set_mode
 
 
@@ -39,13 +40,23 @@ def test_what_is_held_comes_out_as_it_went_in():
     model.bn2.train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
-    with pytest.raises(KeyError), held(model):
+    with held(model):
         set_mode(model, "training")
         model(batches()[0][0])
         assert not torch.equal(model.bn1.running_mean, before["bn1.running_mean"])
-        raise KeyError
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_mixing_keeps_every_example_once_and_no_order():
+    data = [(torch.arange(i, i + 50.0), torch.arange(i, i + 50)) for i in range(0, 1000, 50)]
+    parts = mixed(data, size=90)
+    assert [len(x) for x, _ in parts] == [91] * 10 + [90]
+    x, labels = (torch.cat(values) for values in zip(*parts, strict=True))
+    assert torch.equal(x.long(), labels)
+    assert labels.sort().values.tolist() == list(range(1000))
+    of_parts = torch.stack([labels.float().mean() for _, labels in parts])
+    assert of_parts.std() < 75  # 289 / 90 ** 0.5 = 30 by chance, 302 in order
 
 
 def test_losses_and_gap_are_those_of_plain_loops():

@@ -280,7 +280,7 @@ def test_dead_bias_before_normalization():
 
 
 class Attends(nn.Module):
-    """Attention over the rows of a digit: a bias of the keys shifts all scores of a row alike, to no effect."""
+    """Attention over the rows of a digit: a bias of the keys shifts all scores of a row alike."""
 
     def __init__(self) -> None:
         super().__init__()
