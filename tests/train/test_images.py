@@ -81,15 +81,33 @@ def test_feed_of_memory_has_the_images_of_each_step(colours):
 @pytest.mark.parametrize("crops", [1, 10, 144])
 def test_views_are_the_papers_crops(colours, crops):
     images = torch.from_numpy(colours.test_images[:2])
-    found = list(views(TINY, images, crops))
+    found = list(views(AREA, images, crops))
     assert len(found) == crops
     if crops == 1:
-        assert found[0].equal(evaluation_input(TINY, images))
+        assert found[0].equal(evaluation_input(AREA, images))
         return
     for view, crop in zip(found, evaluation_crops(32, 32, crops, 32), strict=True):
         torch.testing.assert_close(view, standardize(crop_batch(to_input(images), crop, 32)))
     # Crops come in pairs, the second being the first one's mirror image.
     torch.testing.assert_close(found[0].flip(-1), found[1], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("crops", [10, 144])
+def test_a_network_trained_on_moved_images_sees_such_images(colours, crops):
+    images = torch.from_numpy(colours.test_images[:2])
+    found = list(views(TINY, images, crops))
+    assert len(found) == crops
+    grey = to_input(torch.full((2, 3, 32, 32), 128, dtype=torch.uint8))
+    levels = to_input(images)
+    # Moved by four pixels down and right, as the first view shows it; then mirrored.
+    moved = grey.clone()
+    moved[..., 4:, 4:] = levels[..., :-4, :-4]
+    torch.testing.assert_close(found[0], standardize(moved))
+    torch.testing.assert_close(found[1], standardize(moved.flip(-1)))
+    if crops == 10:
+        assert found[8].equal(evaluation_input(TINY, images))
+    distinct = {view.numpy().tobytes() for view in found}
+    assert len(distinct) == crops
 
 
 @pytest.mark.parametrize("recipe", [TINY, AREA, replace(TINY, heads=0, shuffle="shards+within")])

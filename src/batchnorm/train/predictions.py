@@ -22,7 +22,7 @@ from batchnorm.train.checkpoint import MODEL_FILE as CHECKPOINT_FILE
 from batchnorm.train.checkpoint import find_checkpoint
 from batchnorm.train.feed import Data, Part, feed_of
 from batchnorm.train.inputs import Crops
-from batchnorm.train.recipe import Recipe
+from batchnorm.train.recipe import InceptionRecipe, Recipe
 from batchnorm.train.run import CHECKPOINTS, MODEL_FILE, data_facts, image_shape, load_model, read_run
 from batchnorm.train.statistics import with_population_statistics
 
@@ -101,6 +101,8 @@ def run_predictions(
         "crops": str(crops),
         "statistics": "afresh" if checkpoint else "saved",
     }
+    if crops != 1 and isinstance(recipe, InceptionRecipe):
+        said_of["views"] = recipe.crops
     key = hashlib.sha256(json.dumps(said_of, sort_keys=True).encode()).hexdigest()[:16]
     kept = folder / FOLDER / f"crops-{crops}-{key}.safetensors"
     predictions = _read(kept, said_of)

@@ -23,9 +23,9 @@ the convolutions, 5 or 10 % dropout, BN per activation in the last hidden layers
 ensemble is the arithmetic mean of its members' class probabilities, and so is that of many crops.
 
 The paper trains on ImageNet. Here it is {data} at 32×32 pixels, {width:g} of the channels and one step
-for 2,000. One crop is the image as it is. {crops} crops are the paper's, in proportion: squares of
-224/256 of the side {which}, resized to the network's 32 pixels. Which member changes what, and by how much,
-the paper does not say.
+for 2,000. One crop is the image as it is. The paper cuts squares out of the enlarged image, as it does in
+training; here training moves the image by up to 4 pixels, and {crops} crops are such images: {which},
+each with its mirror image. Which member changes what, and by how much, the paper does not say.
 """
 
 
@@ -44,7 +44,7 @@ def write_report(summary: Mapping[str, Any], out: Path, environment: Mapping[str
         OSError: It cannot be written.
     """
     settings = summary["experiment"]
-    which = "at corners and centre, and their mirror images" if settings["crops"] == 10 else "and smaller"
+    which = "to the corners and in its place" if settings["crops"] == 10 else "on a grid of 8 × 9 places"
     sections = [
         Section("The claims", claims=claims(summary)),
         Section("Figure 4", tables=[errors_table(summary), paper_table()]),
