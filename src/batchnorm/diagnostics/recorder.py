@@ -88,7 +88,7 @@ class Recorder:
             channel_dim = -1 if isinstance(module, _FEATURES_LAST) else getattr(module, "channel_dim", 1)
         if x.dim() < 2:
             x = x.reshape(-1, 1)
-        samples = Samples.of(x, channel_dim=channel_dim, mask=mask, max_samples=self._max_samples)
+        samples = Samples.of(x, channel_dim=channel_dim, mask=mask, max_samples=self._max_samples, seed=0)
         self._open[name] = self._open[name].merge(samples) if name in self._open else samples
 
     def _end(self, root: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
