@@ -199,7 +199,7 @@ def _spread(total: int, wanted: int, *seed: int) -> NDArray[np.int64]:
     if total <= wanted:
         return np.arange(total)
     within = np.random.default_rng(seed).random(wanted)
-    return np.minimum((np.arange(wanted) + within) * (total / wanted), total - 1).astype(np.int64)
+    return np.minimum((np.arange(wanted) + within) * (total / max(wanted, 1)), total - 1).astype(np.int64)
 
 
 def _num_nonfinite(x: Tensor, mask: Tensor | None, first: Moments, second: Moments) -> int:

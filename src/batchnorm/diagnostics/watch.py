@@ -2,12 +2,15 @@
 
 import difflib
 import fnmatch
+import os
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.diagnostics.recorder import Recorder
+from batchnorm.diagnostics.recorder import Options, Recorder
+from batchnorm.diagnostics.scalars import Scalars
 
 _CONVOLUTIONS = (
     nn.Conv1d,
@@ -30,6 +33,10 @@ def watch(
     max_samples: int = 1024,
     keep_units: int | None = 128,
     channel_dim: int | None = None,
+    gradients: bool = True,
+    window: int | None = None,
+    seed: int = 0,
+    tensorboard: str | os.PathLike[str] | Any = None,
 ) -> Recorder:
     """Record moments, percentiles and drift of activations at every so many forward passes.
 
@@ -86,17 +93,20 @@ def watch(
             f"{compiled[0] or type(model).__name__!r} is compiled, and compiled code may skip hooks: watch "
             "the model before it is compiled, or run it uncompiled while you watch"
         )
-    return Recorder(
-        model,
-        choose_layers(model, layers),
+    chosen = choose_layers(model, layers)
+    options = Options(
         every=every,
-        percentiles=percentiles,
+        percentiles=tuple(percentiles),
         on=on,
         during=during,
         max_samples=max_samples,
         keep_units=keep_units,
         channel_dim=channel_dim,
+        gradients=gradients,
+        window=window,
+        seed=seed,
     )
+    return Recorder(model, chosen, options, None if tensorboard is None else Scalars(tensorboard))
 
 
 def choose_layers(model: nn.Module, layers: str | Iterable[str] | None) -> list[str]:

@@ -1,0 +1,110 @@
+"""How large a layer's gradients, weights and updates are: known only after the forward pass."""
+
+import math
+import weakref
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+class Scales:
+    """One layer at one recorded step, filled in by the backward pass and the optimizer.
+
+    Values stay on their device until `found` is asked for. Neither activations nor the model are
+    kept alive; a copy of the weight is, until `close`.
+    """
+
+    def __init__(self) -> None:
+        self._handles: list[RemovableHandle] = []
+        self._gradients: list[Tensor] = []
+        self._num_gradients = 0
+        self._norms: dict[str, Tensor] = {}
+        self._weight: weakref.ref[Tensor] | None = None
+        self._before: Tensor | None = None
+        self._version = 0
+
+    def follow_activation(self, x: Tensor) -> None:
+        """Note the gradients that reach ``x``, from now until `close`."""
+        if x.requires_grad:
+            self._handles.append(x.register_hook(self._see_gradient))
+
+    @torch.no_grad()
+    def follow_parameters(self, module: nn.Module) -> None:
+        """Note the scale of the module's own ``weight`` and ``bias``, and what becomes of the weight."""
+        # Only what is registered under the name: a parametrized weight is computed when it is read,
+        # which for spectral normalization takes a step of its power iteration.
+        weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
+        if bias is not None:
+            self._norms["bias_rms"] = _rms(bias)
+        if weight is None:
+            return
+        self._norms["weight_rms"] = _rms(weight)
+        if not weight.requires_grad or weight.is_inference():
+            return
+        self._handles.append(weight.register_post_accumulate_grad_hook(self._see_weight_gradient))
+        self._weight, self._before, self._version = weakref.ref(weight), weight.clone(), weight._version
+
+    @property
+    def has_weight(self) -> bool:
+        """Whether there is a weight that an optimizer may yet move."""
+        return self._before is not None
+
+    @property
+    def has_moved(self) -> bool:
+        """Whether the weight was written to since."""
+        weight = self._weight() if self._weight is not None else None
+        if weight is None or self._before is None:
+            return False
+        if weight._version != self._version:
+            return True
+        # Fused optimizers do not count as writers; a weight that got no gradient need not be compared.
+        return "weight_gradient_rms" in self._norms and not torch.equal(weight, self._before)
+
+    @torch.no_grad()
+    def found(self, *, stepped: bool) -> dict[str, float]:
+        """What is known by now, by the names of `LayerHistory`'s fields.
+
+        Args:
+            stepped: Whether the optimizer has stepped since, so that a weight that is the same was
+                left so.
+        """
+        known = {name: float(norm) for name, norm in self._norms.items()}
+        if self._num_gradients:
+            total = math.hypot(*(float(norm) for norm in self._gradients))
+            known["gradient_rms"] = total / math.sqrt(self._num_gradients)
+        weight = self._weight() if self._weight is not None else None
+        if stepped and weight is not None and self._before is not None:
+            size, moved = float(_norm(self._before)), float(_norm(weight - self._before))
+            # A layer may begin at zero (the last γ of a residual branch): then any step is infinite.
+            known["update"] = moved / size if size else math.inf if moved else 0.0
+        return known
+
+    def close(self) -> None:
+        """Remove the hooks and forget the copy of the weight."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._before = self._weight = None
+
+    @torch.no_grad()
+    def _see_gradient(self, gradient: Tensor) -> None:
+        self._gradients.append(_norm(gradient))
+        self._num_gradients += gradient.numel()
+
+    @torch.no_grad()
+    def _see_weight_gradient(self, weight: Tensor) -> None:
+        # All that has been accumulated by now; the last time is what the optimizer is given.
+        if weight.grad is not None:
+            self._norms["weight_gradient_rms"] = _rms(weight.grad)
+
+
+def _norm(values: Tensor) -> Tensor:
+    values = values.detach()
+    if values.is_sparse:
+        values = values.coalesce().values()
+    return torch.linalg.vector_norm(values, dtype=torch.promote_types(values.dtype, torch.float32))
+
+
+def _rms(values: Tensor) -> Tensor:
+    return _norm(values) / math.sqrt(max(values.numel(), 1))
