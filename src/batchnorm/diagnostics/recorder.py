@@ -23,7 +23,7 @@ from batchnorm.diagnostics.scales import Scales
 from batchnorm.diagnostics.sketch import Sketch, sampling_error
 from batchnorm.diagnostics.stream import Stream
 from batchnorm.diagnostics.summary import Samples, Summary, drift, summarize
-from batchnorm.diagnostics.watched import arguments, check, mask_of, uses_batch, with_units
+from batchnorm.diagnostics.watched import check, given_to, uses_batch, with_units
 from batchnorm.moments import Moments
 
 
@@ -75,17 +75,13 @@ class Recorder:
         # Records of one step whose gradients and update are not known yet.
         self._unsettled: list[tuple[str, dict[str, Any], Scales]] = []
         self._watched = [(name, weakref.ref(model.get_submodule(name))) for name in layers if name]
-        self._handles = [
-            model.register_forward_pre_hook(_OnlyFor(model, self._begin), with_kwargs=True),
-            model.register_forward_hook(_OnlyFor(model, self._end), with_kwargs=True),
-            # After the other: where the forward raises, this one alone is called.
-            model.register_forward_hook(_OnlyFor(model, self._abandon), always_call=True),
-        ]
-        # Hooks of the layers themselves are there in recorded steps only: others shall cost nothing.
+        self._handles = [model.register_forward_pre_hook(_OnlyFor(model, self._begin), with_kwargs=True)]
+        # All other hooks are there in recorded steps only: the rest shall cost nothing.
         self._inner: list[RemovableHandle] = []
 
     def _begin(self, root: nn.Module, args: Any, kwargs: Any) -> None:
-        self._drop()  # what a forward pass that was interrupted had left behind
+        if self._open is not None:
+            self._drop()  # what a forward pass that was interrupted had left behind
         during, every = self._options.during, self._options.every
         counts = during == "both" or root.training == (during == "training")
         records = counts and self.num_steps % every == 0
@@ -95,6 +91,11 @@ class Recorder:
         if not records:
             return
         self._open = _Step()
+        self._inner += [
+            root.register_forward_hook(_OnlyFor(root, self._end), with_kwargs=True),
+            # After the other: where the forward raises, this one alone is called.
+            root.register_forward_hook(_OnlyFor(root, self._abandon), always_call=True),
+        ]
         if "" in self.layers:
             self._enter("", root, args, kwargs)
         for name, reference in self._watched:
@@ -124,9 +125,9 @@ class Recorder:
         has_statistics = isinstance(module, _BatchNorm) and module.running_mean is not None
         if step is None or not (on_input or has_statistics):
             return
-        if (given := arguments(module, args, kwargs)) is None:
+        if (given := given_to(module, args, kwargs)) is None:
             return
-        x, mask = next(iter(given.values()), None), mask_of(module, given)
+        x, mask = given
         if on_input:
             samples = self._see(name, module, check(x, name, "input"), mask)
         if has_statistics:
@@ -140,8 +141,8 @@ class Recorder:
 
     def _leave(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self._open is not None:
-            mask = mask_of(module, arguments(module, args, kwargs))
-            self._see(name, module, check(output, name, "output"), mask)
+            given = given_to(module, args, kwargs)
+            self._see(name, module, check(output, name, "output"), None if given is None else given[1])
             if uses_batch(module):
                 self._open.standardized.add(name)
 

@@ -17,9 +17,9 @@ class Scales:
 
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
-        self._gradients: list[Tensor] = []
-        self._num_gradients = 0
-        self._norms: dict[str, Tensor] = {}
+        # Norms and numbers of values.
+        self._gradients: list[tuple[Tensor, int]] = []
+        self._parameters: dict[str, tuple[Tensor, int]] = {}
         self._weight: weakref.ref[Tensor] | None = None
         self._before: Tensor | None = None
         self._version = 0
@@ -36,10 +36,10 @@ class Scales:
         # which for spectral normalization takes a step of its power iteration.
         weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
         if bias is not None:
-            self._norms["bias_rms"] = _rms(bias)
+            self._note("bias_rms", bias)
         if weight is None:
             return
-        self._norms["weight_rms"] = _rms(weight)
+        self._note("weight_rms", weight)
         if not weight.requires_grad or weight.is_inference():
             return
         self._handles.append(weight.register_post_accumulate_grad_hook(self._see_weight_gradient))
@@ -59,7 +59,7 @@ class Scales:
         if weight._version != self._version:
             return True
         # Fused optimizers do not count as writers; a weight that got no gradient need not be compared.
-        return "weight_gradient_rms" in self._norms and not torch.equal(weight, self._before)
+        return "weight_gradient_rms" in self._parameters and not torch.equal(weight, self._before)
 
     @torch.no_grad()
     def found(self, *, stepped: bool) -> dict[str, float]:
@@ -69,13 +69,12 @@ class Scales:
             stepped: Whether the optimizer has stepped since, so that a weight that is the same was
                 left so.
         """
-        known = {name: float(norm) for name, norm in self._norms.items()}
-        if self._num_gradients:
-            total = math.hypot(*(float(norm) for norm in self._gradients))
-            known["gradient_rms"] = total / math.sqrt(self._num_gradients)
+        known = {name: _rms([norm]) for name, norm in self._parameters.items()}
+        if self._gradients:
+            known["gradient_rms"] = _rms(self._gradients)
         weight = self._weight() if self._weight is not None else None
         if stepped and weight is not None and self._before is not None:
-            size, moved = float(_norm(self._before)), float(_norm(weight - self._before))
+            size, moved = known["weight_rms"], _rms([_norm(weight - self._before)])
             # A layer may begin at zero (the last γ of a residual branch): then any step is infinite.
             known["update"] = moved / size if size else math.inf if moved else 0.0
         return known
@@ -87,24 +86,28 @@ class Scales:
         self._handles.clear()
         self._before = self._weight = None
 
-    @torch.no_grad()
     def _see_gradient(self, gradient: Tensor) -> None:
         self._gradients.append(_norm(gradient))
-        self._num_gradients += gradient.numel()
 
-    @torch.no_grad()
     def _see_weight_gradient(self, weight: Tensor) -> None:
         # All that has been accumulated by now; the last time is what the optimizer is given.
         if weight.grad is not None:
-            self._norms["weight_gradient_rms"] = _rms(weight.grad)
+            self._note("weight_gradient_rms", weight.grad)
+
+    def _note(self, name: str, values: Tensor) -> None:
+        self._parameters[name] = _norm(values)
 
 
-def _norm(values: Tensor) -> Tensor:
-    values = values.detach()
+def _norm(values: Tensor) -> tuple[Tensor, int]:
+    """The norm, still on its device, and how many values it is of."""
+    num_values, values = values.numel(), values.detach()
     if values.is_sparse:
         values = values.coalesce().values()
-    return torch.linalg.vector_norm(values, dtype=torch.promote_types(values.dtype, torch.float32))
+    # Squares of half precision would overflow.
+    dtype = None if values.dtype in (torch.float32, torch.float64) else torch.float32
+    return torch.linalg.vector_norm(values, dtype=dtype), num_values
 
 
-def _rms(values: Tensor) -> Tensor:
-    return _norm(values) / math.sqrt(max(values.numel(), 1))
+def _rms(norms: list[tuple[Tensor, int]]) -> float:
+    total = math.hypot(*(float(norm) for norm, _ in norms))
+    return total / math.sqrt(max(sum(num_values for _, num_values in norms), 1))

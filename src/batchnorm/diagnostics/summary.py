@@ -1,5 +1,6 @@
 """Moments and percentiles of one activation, unit by unit, and how far two of them are apart."""
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ class Samples:
     """What one step has shown of a layer so far.
 
     Attributes:
-        halves: Moments, by unit, of every second example and of the others.
+        halves: Moments, by unit, of every second example and of the others, float64 on the CPU.
         rows: Some of the samples, shape (S, U), float32 or wider, on the CPU.
         is_second: Which rows come from examples of the second half, shape (S,).
         num_seen: Samples of each unit from which the rows were taken.
@@ -53,7 +54,12 @@ class Samples:
         x = x.unsqueeze(2) if x.dim() == 2 else x.flatten(2)
         if mask is not None:
             mask = mask.reshape(x.shape[0], x.shape[2])
-        first, second = (Moments.of(x[i::2], mask=None if mask is None else mask[i::2]) for i in (0, 1))
+        halves = [Moments.of(x[i::2], mask=None if mask is None else mask[i::2]) for i in (0, 1)]
+        dtype = halves[0].mean.dtype
+        packed = torch.stack([t for half in halves for t in (half.mean, half.var)]).double().cpu()
+        first, second = (
+            Moments(packed[2 * i], packed[2 * i + 1], half.count) for i, half in enumerate(halves)
+        )
         if mask is None:
             num_seen = x.shape[0] * x.shape[2]
             places = _spread(num_seen, max_samples, seed)
@@ -64,8 +70,10 @@ class Samples:
         example, location = np.divmod(places, max(x.shape[2], 1))
         at = [torch.from_numpy(part).to(x.device) for part in (example, location)]
         # To the CPU whatever the device: a few rows, which numpy sorts several times faster than torch.
-        rows = x[at[0], :, at[1]].to(first.mean.dtype).cpu().numpy()
-        return cls((first, second), rows, example % 2 == 1, num_seen, _num_nonfinite(x, mask, first, second))
+        rows = x[at[0], :, at[1]].to(dtype).cpu().numpy()
+        # Finite moments have nothing else behind them, and counting takes longer than they did.
+        num_nonfinite = 0 if packed.isfinite().all() else _num_nonfinite(x, mask)
+        return cls((first, second), rows, example % 2 == 1, num_seen, num_nonfinite)
 
     @property
     def moments(self) -> Moments:
@@ -118,7 +126,7 @@ def summarize(samples: Samples, levels: Sequence[float], *, standardized: bool =
             only that remains which mean and deviation do not explain.
     """
     moments, rows = samples.moments, samples.rows
-    mean, var = moments.mean.double().cpu().numpy(), moments.var.double().cpu().numpy()
+    mean, var = moments.mean.numpy(), moments.var.numpy()
     num_pooled = max(1, _POOLED_SAMPLES // max(rows.shape[1], 1))
     pooled = rows[_spread(len(rows), num_pooled, 2)].reshape(-1, 1)
     return Summary(
@@ -150,16 +158,16 @@ def _noise(
 ) -> float:
     # By examples, not by rows: locations of one image are alike, and would agree with each other
     # more than those of two batches do.
-    rows = [samples.rows[~samples.is_second], samples.rows[samples.is_second]]
-    sizes = [len(half) for half in rows]
+    is_second = samples.is_second
+    num_second = int(is_second.sum())
+    sizes = [len(is_second) - num_second, num_second]
     if not all(sizes):
         return math.nan
-    found = [_percentiles(half, levels) for half in rows]
+    found = [_percentiles(samples.rows[rows], levels) for rows in (~is_second, is_second)]
     if standardized:
-        for i, half in enumerate(samples.halves):
-            own_mean, own_std = (t.double().cpu().numpy() for t in (half.mean, half.var.sqrt()))
-            with np.errstate(divide="ignore", invalid="ignore"):  # such units are left out
-                found[i] = (found[i] - own_mean) / own_std * np.sqrt(var) + mean
+        with np.errstate(divide="ignore", invalid="ignore"):  # such units are left out
+            for i, half in enumerate(samples.halves):
+                found[i] = (found[i] - half.mean.numpy()) * np.sqrt(var / half.var.numpy()) + mean
     # Variances go as 1/size: 1/a + 1/b between the halves, 2 / (a + b) between two whole batches.
     return _gap(found[0], found[1], var, var) * math.sqrt(2 * sizes[0] * sizes[1]) / sum(sizes)
 
@@ -170,10 +178,10 @@ def _gap(
     var_first: NDArray[np.float64],
     var_second: NDArray[np.float64],
 ) -> float:
-    std = np.sqrt((var_first + var_second) / 2)
-    move = np.abs(second - first)
-    usable = (std > 0) & np.isfinite(std) & np.isfinite(move).all(0)
-    return float((move[:, usable] / std[usable]).mean()) if usable.any() else 0.0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        moves = (np.abs(second - first) / np.sqrt((var_first + var_second) / 2)).mean(0)
+    usable = moves[np.isfinite(moves)]
+    return float(usable.mean()) if usable.size else 0.0
 
 
 def _percentiles(rows: NDArray[Any], levels: Sequence[float]) -> NDArray[np.float64]:
@@ -181,13 +189,21 @@ def _percentiles(rows: NDArray[Any], levels: Sequence[float]) -> NDArray[np.floa
     if not len(rows):
         return np.full((len(levels), rows.shape[1]), np.nan)
     ordered = np.sort(rows.T, axis=1)  # nans come last
-    place = np.asarray(levels) / 100 * (len(rows) - 1)
-    below, above = np.floor(place).astype(int), np.ceil(place).astype(int)
+    below, above, part = _places(len(rows), tuple(levels))
     low, high = ordered[:, below].astype(np.float64), ordered[:, above].astype(np.float64)
     with np.errstate(invalid="ignore"):  # between two infinities
-        found = low + (high - low) * (place - below)
+        found = low + (high - low) * part
     found[np.isnan(ordered[:, -1])] = np.nan
     return found.T
+
+
+@functools.lru_cache
+def _places(
+    num_rows: int, levels: tuple[float, ...]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    place = np.asarray(levels) / 100 * (num_rows - 1)
+    below, above = np.floor(place).astype(int), np.ceil(place).astype(int)
+    return below, above, place - below
 
 
 def _spread(total: int, wanted: int, *seed: int) -> NDArray[np.int64]:
@@ -202,9 +218,6 @@ def _spread(total: int, wanted: int, *seed: int) -> NDArray[np.int64]:
     return np.minimum((np.arange(wanted) + within) * (total / max(wanted, 1)), total - 1).astype(np.int64)
 
 
-def _num_nonfinite(x: Tensor, mask: Tensor | None, first: Moments, second: Moments) -> int:
-    # Finite moments have nothing else behind them, and counting takes longer than they did.
-    if torch.cat([first.mean, first.var, second.mean, second.var]).isfinite().all():
-        return 0
+def _num_nonfinite(x: Tensor, mask: Tensor | None) -> int:
     seen = x if mask is None else x.movedim(1, 2)[mask]
     return int((~seen.isfinite()).sum())

@@ -12,12 +12,16 @@ from batchnorm.layers import BatchNormPerActivation, Normalization
 _FEATURES_LAST = (nn.Linear, nn.Bilinear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.MultiheadAttention)
 
 
-def arguments(module: nn.Module, args: Any, kwargs: Any) -> Mapping[str, Any] | None:
-    """What a module's forward was given, by name and in order; ``None`` where it cannot be called so."""
+def given_to(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Tensor | None] | None:
+    """A module's input and, of our layers, the mask; ``None`` where its forward cannot be called so."""
+    ours = isinstance(module, Normalization)
+    if args and not kwargs and not (ours and len(args) > 1):
+        return args[0], None  # binding takes longer than a small layer
     try:
-        return inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
     except TypeError:
         return None  # its forward is about to say so itself
+    return next(iter(given.values()), None), given.get("mask") if ours else None
 
 
 def check(x: Any, name: str, on: str) -> Tensor:
@@ -46,11 +50,6 @@ def check(x: Any, name: str, on: str) -> Tensor:
             "and weights first, with to_empty() and load_state_dict()"
         )
     return x
-
-
-def mask_of(module: nn.Module, given: Mapping[str, Any] | None) -> Tensor | None:
-    """The mask that one of our layers was given."""
-    return given.get("mask") if given is not None and isinstance(module, Normalization) else None
 
 
 def with_units(
