@@ -79,6 +79,10 @@ def watch(
         )
     if keep_units is not None and keep_units < 1:
         raise ValueError(f"keep_units must be at least 1, or None for all, got {keep_units}")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1 record, or None for the whole run, got {window}")
+    if seed < 0:
+        raise ValueError(f"seed must be 0 or more, got {seed}")
     if not percentiles or not all(0 <= level <= 100 for level in percentiles):
         raise ValueError(f"percentiles must be levels from 0 to 100, got {tuple(percentiles)}")
     if on not in ("output", "input"):
