@@ -399,12 +399,11 @@ def test_tensors_without_values_are_refused():
 
 def test_wrong_arguments_raise_the_models_own_error():
     model = nn.Sequential(nn.BatchNorm1d(3))
-    with (
-        watch(model, "0", on="input", every=1),
-        pytest.raises(TypeError, match="unexpected keyword argument"),
-    ):
-        model[0].register_forward_pre_hook(lambda m, args, kwargs: (args, {"y": 1}), with_kwargs=True)
+    model[0].register_forward_pre_hook(lambda m, args, kwargs: (args, {"y": 1}), with_kwargs=True)
+    recorder = watch(model, "0", on="input", every=1)
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
         model(torch.randn(4, 3))
+    recorder.close()
 
 
 def test_recomputation_under_checkpointing_is_not_a_second_call():
