@@ -106,6 +106,20 @@ def test_what_is_held_whole_is_exact():
     np.testing.assert_array_equal(sketch.pooled(LEVELS), np.percentile(x, LEVELS, method="inverted_cdf"))
 
 
+def test_nans_take_no_ranks():
+    x = np.random.default_rng(0).standard_normal((60, 2))
+    x[::2, 0] = np.nan
+    sketch = Sketch(2, size=64)
+    sketch.update(x)
+    for u, found in enumerate(sketch.percentiles(LEVELS).T):
+        numbers = x[~np.isnan(x[:, u]), u]
+        np.testing.assert_array_equal(found, np.percentile(numbers, LEVELS, method="inverted_cdf"))
+    numbers = x[~np.isnan(x)]
+    np.testing.assert_array_equal(
+        sketch.pooled(LEVELS), np.percentile(numbers, LEVELS, method="inverted_cdf")
+    )
+
+
 def test_pooled_percentiles_have_the_bound_of_one_unit():
     x = np.random.default_rng(1).standard_normal((5000, 8)) * np.arange(1, 9)
     x[::3, 2] = np.nan

@@ -38,7 +38,7 @@ def watch(
     seed: int = 0,
     tensorboard: str | os.PathLike[str] | Any = None,
 ) -> Recorder:
-    """Record moments, percentiles and drift of activations at every so many forward passes.
+    """Record moments, percentiles, drift, gradients and updates at every so many forward passes.
 
     Works by hooks: the training loop stays as it is, and with or without them it computes the
     same bits. One call of ``model`` is one step; only calls in training mode count. Of every
@@ -56,11 +56,19 @@ def watch(
         during: "training", "evaluation" or "both": forward passes in which mode count and are
             recorded. Evaluating one fixed batch now and then shows drift without sampling noise.
         max_samples: Samples a unit from which the percentiles are taken, evenly spread over
-            examples and locations, for each call of a module. Moments use all samples.
+            examples and locations, for each call of a module. Moments use all samples. What that
+            costs in ranks is `LayerHistory.sampling_error`.
         keep_units: Units of each layer whose own curves are kept, evenly spread; ``None`` keeps
             all. Drift and pooled percentiles always come from all units.
         channel_dim: Which dimension holds the units, 1 or -1. By default -1 for linear layers and
             the like and for our layers that say so, else 1.
+        gradients: Whether to follow gradients, weights and updates as well. See `LayerHistory` for
+            these and for the running statistics of batch normalizations.
+        window: Records of each window over which percentiles are taken; ``None`` for one window
+            that covers the run. Their error is `LayerHistory.window_error`.
+        seed: Of the places that are sampled and of the sketches' coins; PyTorch's generators are
+            left alone.
+        tensorboard: A folder, or a ``SummaryWriter``, for the same numbers as curves.
 
     Returns:
         A `Recorder`, to be closed when enough has been seen (it is also a context manager).
@@ -68,10 +76,12 @@ def watch(
     Raises:
         ValueError: A pattern matches no module (close names are listed), an argument is out of
             its range, the model is compiled, or it has nothing that would be watched by default.
-        TypeError: While recording: what a module gives or gets is not a floating-point tensor.
+            While recording: a tensor on the meta device, or a number of units that changes.
+        TypeError: ``tensorboard`` is neither. While recording: what a module gives or gets is not a
+            floating-point tensor.
+        ImportError: ``tensorboard`` is a folder and TensorBoard is not installed.
 
-    Recording the three layers of a 784-100-100-100-10 network on 60 examples takes about 1.6 ms, two
-    training steps' worth: 1 to 2 % of the training time at the default ``every``.
+    The cost is in ``benchmarks/results/watch-*.json`` (``batchnorm bench watch``).
     """
     if every < 1 or max_samples < 2:
         raise ValueError(
