@@ -316,6 +316,17 @@ def test_running_statistics_of_a_masked_layer_that_is_called_twice(on):
     assert recorder.history["norm"].running_mean_gap == pytest.approx([expected], rel=1e-4)
 
 
+@pytest.mark.parametrize("on", ["output", "input"])
+def test_other_units_than_channels_leave_the_layers_statistics_alone(on):
+    model, x = nn.Sequential(nn.BatchNorm1d(3)), torch.randn(7, 3, 5) + 2
+    with watch(model, on=on, every=1, channel_dim=-1) as recorder:
+        model(x)
+    mean, var = x.double().mean((0, 2)), x.double().transpose(0, 1).flatten(1).var(1)
+    expected = (mean / ((1 + var) / 2 + 1e-5).sqrt()).mean().item()
+    assert recorder.history["0"].running_mean_gap == pytest.approx([expected], rel=1e-5)
+    assert recorder.history["0"].mean.shape == (1, 5)
+
+
 LAYERS = {
     "none kept": (lambda: nn.BatchNorm1d(6, track_running_stats=False), (9, 6), True),
     "per activation": (lambda: BatchNormPerActivation((2, 3)), (9, 2, 3), False),

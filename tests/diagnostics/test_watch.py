@@ -378,10 +378,12 @@ def test_of_a_tuple_the_first_is_watched():
 
 def test_a_number_of_units_that_changes_is_refused():
     model = nn.Sequential(nn.Identity())
+    model[0].weight = nn.Parameter(torch.ones(1))  # followed, and let go of when the record fails
     with watch(model, "0", every=1):
         model(torch.randn(4, 3))
         with pytest.raises(ValueError, match="'0' has 5 units at step 1 and had 3 before"):
             model(torch.randn(4, 5))
+        assert num_hooks(model) == 1
     with watch(model, "0", every=1, channel_dim=-1) as recorder:
         model(torch.randn(2, 4, 3))
         model(torch.randn(2, 6, 3))

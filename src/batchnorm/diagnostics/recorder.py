@@ -131,10 +131,10 @@ class Recorder:
         if on_input:
             samples = self._see(name, module, check(x, name, "input"), mask)
         if has_statistics:
-            if on_input:
+            if on_input and self._options.channel_dim is None:
                 batch = samples.moments
-            else:
-                x, mask, dim = with_units(module, check(x, name, "input"), mask, self._options.channel_dim)
+            else:  # whatever was chosen as units, statistics are of the layer's channels
+                x, mask, dim = with_units(module, check(x, name, "input"), mask, None)
                 batch = Moments.of(x, channel_dim=dim, mask=mask)
             running = Running.of(module, batch)
             step.running[name] = step.running[name].merge(running) if name in step.running else running
@@ -168,14 +168,14 @@ class Recorder:
             return
         if "" in self.layers and self._options.on == "output":
             self._leave("", root, args, kwargs, output)
-        step, self._open = self._open, None
-        self._drop()
+        step = self._open
         for name, samples in step.samples.items():
             record = self._record(name, samples, standardized=name in step.standardized)
             if name in step.running:
                 record["running_mean_gap"], record["running_std_gap"] = step.running[name].gaps()
             self._records[name].append(record)
-            self._unsettled.append((name, record, step.scales.get(name) or Scales()))
+            self._unsettled.append((name, record, step.scales.pop(name, None) or Scales()))
+        self._drop()
 
     def _record(self, name: str, samples: Samples, *, standardized: bool) -> dict[str, Any]:
         options = self._options
