@@ -153,6 +153,46 @@ def test_input_of_a_masked_layer_counts_true_places_only():
     np.testing.assert_allclose(seen.percentiles[0, 1], np.median(real, axis=0), rtol=1e-5)
 
 
+@pytest.mark.parametrize("layer", [BatchNorm1d(3, channel_dim=-1), BatchNormPerActivation((4, 3))])
+def test_units_of_another_dimension_have_no_mask(layer):
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = layer
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.norm(x, mask=mask)
+
+    model, x = Masked(), torch.randn(5, 4, 3)
+    mask = torch.ones((5, 4) if isinstance(layer, BatchNorm1d) else 5, dtype=torch.bool)
+    for on in ("input", "output"):
+        with watch(model, on=on, every=1, channel_dim=1) as recorder:
+            with pytest.raises(ValueError, match="'norm' is called with a mask, .* and channel_dim=1 takes"):
+                model(x, mask)
+            assert num_hooks(model) == 1
+        assert not len(recorder.history["norm"].step)
+    usual = -1 if isinstance(layer, BatchNorm1d) else None
+    with watch(model, every=1, channel_dim=usual) as recorder:  # the layer's own is fine
+        model(x, mask)
+    assert len(recorder.history["norm"].step) == 1
+
+
+SEQUENCES = {
+    "recurrent": lambda: nn.LSTM(5, 4, batch_first=True),
+    "attention": lambda: nn.TransformerEncoderLayer(5, 1, 4, dropout=0.0, batch_first=True),
+}
+
+
+@pytest.mark.parametrize("layer", SEQUENCES.values(), ids=SEQUENCES)
+def test_units_of_sequences_come_last(layer):
+    torch.manual_seed(0)
+    model = nn.Sequential(layer())
+    with watch(model, "0", every=1) as recorder:
+        y = model(torch.randn(6, 7, 5))
+    y = (y[0] if isinstance(y, tuple) else y).detach().double().flatten(0, 1).numpy()
+    np.testing.assert_allclose(recorder.history["0"].mean[0], y.mean(0), rtol=1e-4, atol=1e-6)
+
+
 def test_percentiles_of_a_subsample_are_close_and_moments_exact():
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Identity()), torch.randn(8, 3, 56, 56)

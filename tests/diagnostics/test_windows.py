@@ -1,17 +1,19 @@
 """Percentiles over many records: windows, the whole run, and how far they may be off."""
 
 import json
+from dataclasses import fields
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from batchnorm.diagnostics import Sketch, history, load_histories, watch
-from batchnorm.diagnostics.history import _FIRST
+from batchnorm.diagnostics import LayerHistory, Sketch, load_histories, watch
 from batchnorm.diagnostics.sketch import sampling_error
 from batchnorm.diagnostics.stream import Stream
-from batchnorm.diagnostics.summary import Samples, summarize
+from batchnorm.diagnostics.summary import Samples, _subset, summarize
+from batchnorm.diagnostics.watched import gives_standardized, given_to
+from batchnorm.layers import BatchNorm1d, BatchNorm2d
 
 LEVELS = (15, 50, 85)
 
@@ -220,6 +222,58 @@ def test_noise_of_a_frozen_normalization_is_that_of_its_input():
             model(image_batch(4))
     seen = recorder.history["0"]
     assert seen.noise.mean() == pytest.approx(seen.drift[1:].mean(), rel=0.12)
+def test_noise_of_a_sum_is_that_of_its_residual_too():
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = BatchNorm2d(16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x, residual=3 * image_batch(4))
+
+    torch.manual_seed(0)
+    model = Sum()
+    with watch(model, every=1) as recorder:
+        for _ in range(40):
+            model(image_batch(4))
+    seen = recorder.history["norm"]
+    assert seen.noise.mean() == pytest.approx(seen.drift[1:].mean(), rel=0.12)
+
+
+class Shifted(nn.BatchNorm1d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x[:1]
+
+
+def frozen() -> nn.Module:
+    layer = BatchNorm1d(3)
+    layer.frozen = True
+    return layer
+
+
+NORMALIZED = {
+    "torch's": (lambda: nn.BatchNorm1d(3), {}, True),
+    "torch's, which keeps no statistics": (lambda: nn.BatchNorm1d(3, track_running_stats=False), {}, True),
+    "ours": (lambda: BatchNorm1d(3), {"mask": torch.ones(2, dtype=torch.bool), "residual": None}, True),
+    "ours, which keeps none": (lambda: BatchNorm1d(3, track_running_stats=False).eval(), {}, True),
+    "in evaluation": (lambda: nn.BatchNorm1d(3).eval(), {}, False),
+    "ours, in evaluation": (lambda: BatchNorm1d(3).eval(), {}, False),
+    "frozen": (frozen, {}, False),
+    "fused": (lambda: BatchNorm1d(3, activation="relu"), {}, False),
+    "an activation of the call": (lambda: BatchNorm1d(3), {"activation": "relu"}, False),
+    "a residual": (lambda: BatchNorm1d(3), {"residual": torch.ones(2, 3)}, False),
+    "a subclass of the user's": (lambda: Shifted(3), {}, False),
+    "by all ranks": (lambda: nn.SyncBatchNorm(3), {}, False),
+    "of another kind": (lambda: nn.LayerNorm(3), {}, False),
+}
+
+
+@pytest.mark.parametrize(("layer", "extra", "expected"), NORMALIZED.values(), ids=NORMALIZED)
+def test_which_layers_give_what_they_normalized_by_the_batch_and_no_more(layer, extra, expected):
+    layer = layer()
+    assert gives_standardized(layer, given_to(layer, (torch.ones(2, 3),), extra)) is expected
+
+
 
 
 def test_noise_of_one_example_is_unknown():

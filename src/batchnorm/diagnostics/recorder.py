@@ -23,7 +23,8 @@ from batchnorm.diagnostics.scales import Scales
 from batchnorm.diagnostics.sketch import Sketch, sampling_error
 from batchnorm.diagnostics.stream import Stream
 from batchnorm.diagnostics.summary import Samples, Summary, drift, summarize
-from batchnorm.diagnostics.watched import check, given_to, uses_batch, with_units
+from batchnorm.diagnostics.watched import Given, check, given_to, gives_standardized, with_units
+from batchnorm.layers.running import is_recomputation
 from batchnorm.moments import Moments
 
 
@@ -127,24 +128,25 @@ class Recorder:
             return
         if (given := given_to(module, args, kwargs)) is None:
             return
-        x, mask = given
+        x, mask = check(given.x, name, "input"), given.mask
         if on_input:
-            samples = self._see(name, module, check(x, name, "input"), mask)
+            samples = self._see(name, module, x, mask)
         if has_statistics:
             if on_input and self._options.channel_dim is None:
                 batch = samples.moments
             else:  # whatever was chosen as units, statistics are of the layer's channels
-                x, mask, dim = with_units(module, check(x, name, "input"), mask, None)
+                x, mask, dim = with_units(name, module, x, mask, None)
                 batch = Moments.of(x, channel_dim=dim, mask=mask)
             running = Running.of(module, batch)
             step.running[name] = step.running[name].merge(running) if name in step.running else running
 
     def _leave(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if self._open is not None:
-            given = given_to(module, args, kwargs)
-            self._see(name, module, check(output, name, "output"), None if given is None else given[1])
-            if uses_batch(module):
-                self._open.standardized.add(name)
+        if self._open is None:
+            return
+        given = given_to(module, args, kwargs) or Given(None)
+        self._see(name, module, check(output, name, "output"), given.mask)
+        if gives_standardized(module, given):
+            self._open.standardized.add(name)
 
     def _see(self, name: str, module: nn.Module, x: Tensor, mask: Tensor | None) -> Samples:
         step, options = self._open, self._options
@@ -154,7 +156,7 @@ class Recorder:
                 step.scales[name] = Scales()
                 step.scales[name].follow_parameters(module)
             step.scales[name].follow_activation(x)
-        x, mask, dim = with_units(module, x, mask, options.channel_dim)
+        x, mask, dim = with_units(name, module, x, mask, options.channel_dim)
         with torch.no_grad():
             seen = Samples.of(
                 x, channel_dim=dim, mask=mask, max_samples=options.max_samples, seed=options.seed
