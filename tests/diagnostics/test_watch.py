@@ -465,6 +465,29 @@ def test_recomputation_under_checkpointing_is_not_a_second_call():
     assert recorder._open is None
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_step_that_checkpointing_repeats_whole_is_one_step(reentrant):
+    model, alone = network().eval(), network().eval()  # without dropout, and all of it watched
+    optimizer = torch.optim.SGD([*model.parameters(), *alone.parameters()], 0.1)
+    with (
+        watch(model, "4", every=2, during="both") as one,
+        watch(alone, "4", every=2, during="both") as two,
+    ):
+        for x in batches(5).requires_grad_():
+            optimizer.zero_grad()
+            checkpoint(model, x, use_reentrant=reentrant).square().mean().backward()
+            alone(x).square().mean().backward()
+            optimizer.step()
+        assert num_hooks(model) == num_hooks(alone)
+    assert one.num_steps == two.num_steps == 5
+    seen, expected = one.history["4"], two.history["4"]
+    assert seen.step.tolist() == [0, 2, 4]
+    np.testing.assert_allclose(seen.weight_gradient_rms, expected.weight_gradient_rms, rtol=1e-5)
+    np.testing.assert_allclose(seen.update, expected.update, rtol=1e-5)
+    if not reentrant:
+        np.testing.assert_allclose(seen.gradient_rms, expected.gradient_rms, rtol=1e-5)
+
+
 def test_no_activation_and_no_graph_is_kept_alive():
     model = network()
     recorder = watch(model, "*", every=1)

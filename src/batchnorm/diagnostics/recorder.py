@@ -81,6 +81,8 @@ class Recorder:
         self._inner: list[RemovableHandle] = []
 
     def _begin(self, root: nn.Module, args: Any, kwargs: Any) -> None:
+        if is_recomputation():
+            return  # by checkpointing of the whole model; the first run was the step
         if self._open is not None:
             self._drop()  # what a forward pass that was interrupted had left behind
         during, every = self._options.during, self._options.every
