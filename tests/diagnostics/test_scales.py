@@ -219,6 +219,25 @@ def test_sparse_gradients_count_their_zeros():
     assert recorder.history["0"].weight_gradient_rms == pytest.approx([expected], rel=1e-5)
 
 
+WEIGHTS = {
+    "integers": (torch.int8, np.nan),
+    "complex": (torch.complex64, np.nan),
+    "float8": (torch.float8_e4m3fn, 2.0),
+    "bfloat16": (torch.bfloat16, 2.0),
+}
+
+
+@pytest.mark.parametrize(("dtype", "scale"), WEIGHTS.values(), ids=WEIGHTS)
+def test_weights_that_are_only_stored(dtype, scale):
+    """Quantized ones, in a layer that computes in float32: training goes on, and no scale is made up."""
+    model, x = network(), batches(1)[0]
+    model[2].weight = nn.Parameter(torch.full((4,), 2).to(dtype), requires_grad=False)
+    with watch(model, ["1", "2"], every=1) as recorder:
+        loss_of(model(x)).backward()
+    np.testing.assert_array_equal(recorder.history["2"].weight_rms, [scale])
+    assert (recorder.history["2"].gradient_rms > 0).all()
+
+
 def test_spectral_normalization_takes_no_extra_step():
     def trained(observe: bool) -> Tensor:
         torch.manual_seed(0)

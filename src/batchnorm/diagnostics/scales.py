@@ -34,7 +34,7 @@ class Scales:
         """Note the scale of the module's own ``weight`` and ``bias``, and what becomes of the weight."""
         # Only what is registered under the name: a parametrized weight is computed when it is read,
         # which for spectral normalization takes a step of its power iteration.
-        weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
+        weight, bias = (_floating(module._parameters.get(name)) for name in ("weight", "bias"))
         if bias is not None:
             self._note("bias_rms", bias)
         if weight is None:
@@ -98,11 +98,18 @@ class Scales:
         self._parameters[name] = _norm(values)
 
 
+def _floating(parameter: Tensor | None) -> Tensor | None:
+    """The parameter, unless it is quantized to integers (whose scale is elsewhere) or complex."""
+    return parameter if parameter is not None and parameter.is_floating_point() else None
+
+
 def _norm(values: Tensor) -> tuple[Tensor, int]:
     """The norm, still on its device, and how many values it is of."""
     num_values, values = values.numel(), values.detach()
     if values.is_sparse:
         values = values.coalesce().values()
+    if values.dtype.itemsize == 1:
+        values = values.float()  # float8 is for storing only
     # Squares of half precision would overflow.
     dtype = None if values.dtype in (torch.float32, torch.float64) else torch.float32
     return torch.linalg.vector_norm(values, dtype=dtype), num_values
