@@ -139,6 +139,17 @@ def test_calls_of_different_sizes_count_by_what_they_have_seen():
     assert np.isnan(summarize(none, LEVELS).noise)
 
 
+def test_samples_of_samples_are_all_different_and_each_as_likely():
+    counts = np.zeros(10)
+    for seed in range(2000):
+        chosen = _subset(10, 7, seed)
+        assert len(chosen) == 7
+        assert (np.diff(chosen) > 0).all()  # one of each of seven parts of ten might be the same twice
+        counts[chosen] += 1
+    assert np.abs(counts / 2000 - 0.7).max() < 0.05
+    assert _subset(7, 7).tolist() == list(range(7))
+
+
 SIZES = (torch.zeros(40, 2), torch.ones(40, 2, 10, 10))
 
 

@@ -194,7 +194,8 @@ def sampling_error(num_samples: int, num_seen: int, confidence: float = CONFIDEN
     """How far a percentile of a sample may be from its level in the whole, as a share of ranks.
 
     Args:
-        num_samples: S, taken one from each of S equal parts of the whole, independently and evenly.
+        num_samples: S, taken one from each of S equal parts of the whole, independently and evenly, or
+            a random subset of such.
         num_seen: Size of the whole.
         confidence: Probability with which the bound holds for one percentile of one unit.
 
@@ -202,7 +203,8 @@ def sampling_error(num_samples: int, num_seen: int, confidence: float = CONFIDEN
         sqrt(ln(2/δ) / (2S)), with δ = 1 − ``confidence``; 0 where all were taken, 1 where none.
 
     Source: Hoeffding (1963), theorem 2: whether each of the S samples is at most v is a bounded
-    independent variable, and their mean is expected to be the share in the whole.
+    independent variable, and their mean is expected to be the share in the whole; theorem 4 for
+    subsets, which are drawn without replacement.
     """
     if num_samples >= num_seen:
         return 0.0

@@ -84,7 +84,7 @@ class Samples:
         """The samples of two calls of the same layer; rows in proportion to what each has seen."""
         both = (self, other)
         share = min((len(part.rows) / part.num_seen for part in both if part.num_seen), default=1.0)
-        chosen = [_spread(len(part.rows), round(share * part.num_seen), seed, 1) for part in both]
+        chosen = [_subset(len(part.rows), round(share * part.num_seen), seed, 1) for part in both]
         return Samples(
             (self.halves[0].merge(other.halves[0]), self.halves[1].merge(other.halves[1])),
             np.concatenate([part.rows[rows] for part, rows in zip(both, chosen, strict=True)]),
@@ -128,7 +128,7 @@ def summarize(samples: Samples, levels: Sequence[float], *, standardized: bool =
     moments, rows = samples.moments, samples.rows
     mean, var = moments.mean.numpy(), moments.var.numpy()
     num_pooled = max(1, _POOLED_SAMPLES // max(rows.shape[1], 1))
-    pooled = rows[_spread(len(rows), num_pooled, 2)].reshape(-1, 1)
+    pooled = rows[_subset(len(rows), num_pooled, 2)].reshape(-1, 1)
     return Summary(
         mean=mean,
         var=var,
@@ -216,6 +216,16 @@ def _spread(total: int, wanted: int, *seed: int) -> NDArray[np.int64]:
         return np.arange(total)
     within = np.random.default_rng(seed).random(wanted)
     return np.minimum((np.arange(wanted) + within) * (total / max(wanted, 1)), total - 1).astype(np.int64)
+
+
+def _subset(total: int, wanted: int, *seed: int) -> NDArray[np.int64]:
+    """``wanted`` of ``range(total)`` in order, each set of them as likely; all if there are no more.
+
+    For samples of a sample: one of each part, as `_spread` has them, might be the same one twice.
+    """
+    if total <= wanted:
+        return np.arange(total)
+    return np.sort(np.random.default_rng(seed).permutation(total)[:wanted])
 
 
 def _num_nonfinite(x: Tensor, mask: Tensor | None) -> int:
