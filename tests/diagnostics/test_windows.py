@@ -154,7 +154,7 @@ SIZES = (torch.zeros(40, 2), torch.ones(40, 2, 10, 10))
 
 
 def files(tmp_path, suffix: str) -> dict[str, object]:
-    """Histories, among them a layer that was never called, as a file of the first version has them."""
+    """Histories, among them a layer that was never called, and their file."""
     model = nn.ModuleDict({"a": nn.Linear(3, 4), "unused": nn.Linear(2, 2)})
     model.forward = lambda x: model["a"](x)
     with watch(model, every=1, window=2) as recorder:
@@ -175,21 +175,8 @@ def test_everything_comes_back_from_a_file_with_its_shape(tmp_path, suffix):
             np.testing.assert_array_equal(getattr(loaded[name], field), values, err_msg=field)
 
 
-@pytest.mark.parametrize("suffix", [".json", ".npz"])
-def test_files_of_the_first_version_load_with_nan_for_what_they_lack(tmp_path, suffix, monkeypatch):
-    real = history.fields
-    monkeypatch.setattr(history, "fields", lambda kind: [f for f in real(kind) if f.name in _FIRST])
-    found = files(tmp_path, suffix)
-    monkeypatch.undo()
-    loaded, now = load_histories(found["path"])["a"], found["recorder"].history["a"]
-    np.testing.assert_array_equal(loaded.percentiles, now.percentiles)
-    assert np.isnan(loaded.gradient_rms).all()
-    assert loaded.gradient_rms.shape == (3,)
-    assert loaded.window_percentiles.shape == (0, 3, 4)
-
-
 DAMAGED = {
-    "no steps": ('{"a": {"mean": [[1]]}}', "no drift, levels"),
+    "no steps": ('{"a": {"mean": [[1]]}}', "no bias_rms, drift"),
     "an unknown field": ("extra", "unexpected keyword argument 'extra'"),
     "a shape that does not fit": ("shape", "cannot reshape"),
     "a list": ("[]", "'list' object"),
@@ -198,7 +185,7 @@ DAMAGED = {
 
 @pytest.mark.parametrize(("text", "message"), DAMAGED.values(), ids=DAMAGED)
 def test_damaged_files_are_refused(tmp_path, text, message):
-    plain = {name: [] for name in _FIRST}
+    plain = {f.name: [] for f in fields(LayerHistory)}
     if text == "extra":
         text = {"a": {**plain, "extra": []}}
     elif text == "shape":

@@ -21,8 +21,7 @@ Array = NDArray[np.float64]
 class LayerHistory:
     """One layer over T records, P percentiles and the U units that were kept.
 
-    What was not recorded is nan: gradients of a pass without backward, weights of a layer without,
-    whatever a file of an older version does not hold.
+    What was not recorded is nan: gradients of a pass without backward, weights of a layer without.
 
     Attributes:
         step: Training step (or count of forward passes) of each record, shape (T,).
@@ -117,36 +116,21 @@ _DIMS |= {"window_percentiles": "VPU", "window_pooled": "VP"}
 _DIMS |= {f.name: "V" if "window" in f.name else "T" for f in fields(LayerHistory) if f.name not in _DIMS}
 """Dimensions of each field."""
 
-_FIRST = {
-    "step",
-    "units",
-    "levels",
-    "mean",
-    "var",
-    "percentiles",
-    "pooled",
-    "drift",
-    "noise",
-    "num_nonfinite",
-}
-"""Fields of the first version's files; later ones may be missing."""
-
 
 def _shaped(found: Mapping[str, Any]) -> LayerHistory:
-    """Arrays of the right shapes, nan where a field is missing.
+    """Arrays of the right shapes, whatever held them: JSON tells no shape of what is empty.
 
     Raises:
-        ValueError: A shape does not fit, or a field of the first version is missing.
+        ValueError: A shape does not fit, or a field is missing.
+        TypeError: There is a field too many.
     """
     arrays = {name: np.asarray(values, dtype=np.float64) for name, values in found.items()}
-    if missing := _FIRST - arrays.keys():
+    if missing := _DIMS.keys() - arrays.keys():
         raise ValueError(f"no {', '.join(sorted(missing))}")
     sizes = {"T": "step", "P": "levels", "U": "units", "V": "window_last"}
-    size = {dim: len(np.atleast_1d(arrays.get(name, ()))) for dim, name in sizes.items()}
+    size = {dim: len(np.atleast_1d(arrays[name])) for dim, name in sizes.items()}
     for name, dims in _DIMS.items():
-        shape = tuple(size[dim] for dim in dims)
-        # JSON tells no shape of what is empty.
-        arrays[name] = arrays[name].reshape(shape) if name in arrays else np.full(shape, np.nan)
+        arrays[name] = arrays[name].reshape(tuple(size[dim] for dim in dims))
     return LayerHistory(**arrays)
 
 
