@@ -587,6 +587,8 @@ def test_bad_arguments(options, message):
 def test_models_that_cannot_be_watched():
     with pytest.raises(ValueError, match="or convolution to watch by default"):
         watch(nn.Sequential(nn.ReLU()))
+    with pytest.raises(ValueError, match="layers names no module: leave it out"):
+        watch(network(), [])
     with pytest.raises(ValueError, match="is compiled"):
         watch(torch.compile(network(), backend="eager"))
     model = nn.Sequential(nn.Embedding(5, 3))

@@ -48,7 +48,7 @@ class Running:
         """
         tensors = (self.mean, self.var, self.batch.mean, self.batch.unbiased())
         # In one piece from the device, and then without torch, which is slow with a hundred numbers.
-        mean, var, batch_mean, batch_var = torch.stack(tensors).double().cpu().numpy()
+        mean, var, batch_mean, batch_var = torch.stack(tensors).cpu().double().numpy()
         if not mean.size:
             return math.nan, math.nan
         with np.errstate(invalid="ignore"):

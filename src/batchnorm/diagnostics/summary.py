@@ -56,7 +56,7 @@ class Samples:
             mask = mask.reshape(x.shape[0], x.shape[2])
         halves = [Moments.of(x[i::2], mask=None if mask is None else mask[i::2]) for i in (0, 1)]
         dtype = halves[0].mean.dtype
-        packed = torch.stack([t for half in halves for t in (half.mean, half.var)]).double().cpu()
+        packed = torch.stack([t for half in halves for t in (half.mean, half.var)]).cpu().double()
         first, second = (
             Moments(packed[2 * i], packed[2 * i + 1], half.count) for i, half in enumerate(halves)
         )

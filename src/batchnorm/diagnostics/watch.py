@@ -75,8 +75,8 @@ def watch(
 
     Raises:
         ValueError: A pattern matches no module (close names are listed), an argument is out of
-            its range, the model is compiled, or it has nothing that would be watched by default.
-            While recording: a tensor on the meta device, or a number of units that changes.
+            its range, the model is compiled, or there is nothing to watch. While recording: a tensor
+            on the meta device, a number of units that changes, or a mask beside ``channel_dim``.
         TypeError: ``tensorboard`` is neither. While recording: what a module gives or gets is not a
             floating-point tensor.
         ImportError: ``tensorboard`` is a folder and TensorBoard is not installed.
@@ -127,7 +127,7 @@ def choose_layers(model: nn.Module, layers: str | Iterable[str] | None) -> list[
     """Paths of the modules that ``layers`` (see `watch`) means, in the model's order.
 
     Raises:
-        ValueError: A pattern matches nothing, or there is nothing to watch by default.
+        ValueError: A pattern matches nothing, or there is nothing to watch by default or by ``layers``.
     """
     modules = dict(model.named_modules())
     if layers is None:
@@ -139,8 +139,11 @@ def choose_layers(model: nn.Module, layers: str | Iterable[str] | None) -> list[
             f"{type(model).__name__} has no batch normalization, linear layer or convolution to watch by "
             "default: name the modules with layers="
         )
+    patterns = [layers] if isinstance(layers, str) else list(layers)
+    if not patterns:
+        raise ValueError("layers names no module: leave it out for those that are watched by default")
     chosen: set[str] = set()
-    for pattern in [layers] if isinstance(layers, str) else layers:
+    for pattern in patterns:
         matches = fnmatch.filter(modules, pattern)
         if not matches:
             close = difflib.get_close_matches(pattern, [n for n in modules if n], n=3, cutoff=0.4)
