@@ -167,7 +167,7 @@ def test_units_of_another_dimension_have_no_mask(layer):
     mask = torch.ones((5, 4) if isinstance(layer, BatchNorm1d) else 5, dtype=torch.bool)
     for on in ("input", "output"):
         with watch(model, on=on, every=1, channel_dim=1) as recorder:
-            with pytest.raises(ValueError, match="'norm' is called with a mask, .* and channel_dim=1 takes"):
+            with pytest.raises(ValueError, match=r"'norm' is called with a mask, .* and channel_dim=1 takes"):
                 model(x, mask)
             assert num_hooks(model) == 1
         assert not len(recorder.history["norm"].step)

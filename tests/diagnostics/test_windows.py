@@ -12,7 +12,7 @@ from batchnorm.diagnostics import LayerHistory, Sketch, load_histories, watch
 from batchnorm.diagnostics.sketch import sampling_error
 from batchnorm.diagnostics.stream import Stream
 from batchnorm.diagnostics.summary import Samples, _subset, summarize
-from batchnorm.diagnostics.watched import gives_standardized, given_to
+from batchnorm.diagnostics.watched import given_to, gives_standardized
 from batchnorm.layers import BatchNorm1d, BatchNorm2d
 
 LEVELS = (15, 50, 85)
@@ -220,6 +220,8 @@ def test_noise_of_a_frozen_normalization_is_that_of_its_input():
             model(image_batch(4))
     seen = recorder.history["0"]
     assert seen.noise.mean() == pytest.approx(seen.drift[1:].mean(), rel=0.12)
+
+
 def test_noise_of_a_sum_is_that_of_its_residual_too():
     class Sum(nn.Module):
         def __init__(self) -> None:
@@ -270,8 +272,6 @@ NORMALIZED = {
 def test_which_layers_give_what_they_normalized_by_the_batch_and_no_more(layer, extra, expected):
     layer = layer()
     assert gives_standardized(layer, given_to(layer, (torch.ones(2, 3),), extra)) is expected
-
-
 
 
 def test_noise_of_one_example_is_unknown():
