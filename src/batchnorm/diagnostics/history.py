@@ -30,7 +30,8 @@ class LayerHistory:
         mean: Mean of each kept unit, shape (T, U).
         var: Biased variance of each kept unit, shape (T, U).
         percentiles: Of each kept unit, shape (T, P, U).
-        pooled: Percentiles over all units of the layer together, shape (T, P).
+        pooled: Percentiles over all units of the layer together, shape (T, P); of at most 65,536 / U
+            samples of each unit, so that their ranks' error is that of so many (`sampling_error`).
         sampling_error: Bound on the error of the ranks of ``percentiles``, as a share of all
             samples, for each of them with probability 99 %; 0 where all samples were used. See
             `batchnorm.diagnostics.sketch.sampling_error`. Shape (T,).
@@ -40,12 +41,13 @@ class LayerHistory:
             network stood still. nan for a batch of one example. Shape (T,).
         num_nonfinite: Values that were nan or infinite, shape (T,).
         gradient_rms: Root of the mean square of the loss's gradient with respect to the watched
-            activation, over all its values; as the backward pass has it, so with the factor of a
-            loss scaler. Shape (T,).
+            activation, over all its values (those of every backward pass, if several follow); as the
+            backward pass has it, so with the factor of a loss scaler. Shape (T,).
         weight_rms: Of the module's own ``weight`` (γ of a batch normalization), shape (T,).
         bias_rms: Of its own ``bias`` (β), shape (T,).
-        weight_gradient_rms: Of the weight's gradient as accumulated when the optimizer stepped (on
-            this rank, before ranks are averaged), shape (T,).
+        weight_gradient_rms: Of the weight's gradient as backward passes had accumulated it when the
+            optimizer stepped: on this rank before ranks are averaged, and before it is unscaled or
+            clipped. Shape (T,).
         update: How far the first write to the weight after the record moved it (the optimizer's
             step): norm of the change over norm of the weight, shape (T,).
         running_mean_gap: How far the running mean was from the batch's, in deviations, averaged

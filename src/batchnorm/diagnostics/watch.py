@@ -81,7 +81,8 @@ def watch(
             floating-point tensor.
         ImportError: ``tensorboard`` is a folder and TensorBoard is not installed.
 
-    The cost is in ``benchmarks/results/watch-*.json`` (``batchnorm bench watch``).
+    At the defaults it added less than 4 % to the processor's time of training steps of a millisecond
+    and more: ``batchnorm bench watch``, ``benchmarks/results/watch-*.json``.
     """
     if every < 1 or max_samples < 2:
         raise ValueError(
