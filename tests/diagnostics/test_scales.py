@@ -222,8 +222,9 @@ def test_sparse_gradients_count_their_zeros():
 WEIGHTS = {
     "integers": (torch.int8, np.nan),
     "complex": (torch.complex64, np.nan),
-    "float8": (torch.float8_e4m3fn, 2.0),
-    "bfloat16": (torch.bfloat16, 2.0),
+    "float8": (torch.float8_e4m3fn, 96.0),
+    "float16, whose norm it cannot hold": (torch.float16, 96.0),
+    "bfloat16": (torch.bfloat16, 96.0),
 }
 
 
@@ -231,7 +232,7 @@ WEIGHTS = {
 def test_weights_that_are_only_stored(dtype, scale):
     """Quantized ones, in a layer that computes in float32: training goes on, and no scale is made up."""
     model, x = network(), batches(1)[0]
-    model[2].weight = nn.Parameter(torch.full((4,), 2).to(dtype), requires_grad=False)
+    model[2].weight = nn.Parameter(torch.full((1024, 1024), 96).to(dtype), requires_grad=False)
     with watch(model, ["1", "2"], every=1) as recorder:
         loss_of(model(x)).backward()
     np.testing.assert_array_equal(recorder.history["2"].weight_rms, [scale])

@@ -153,6 +153,16 @@ def test_input_of_a_masked_layer_counts_true_places_only():
     np.testing.assert_allclose(seen.percentiles[0, 1], np.median(real, axis=0), rtol=1e-5)
 
 
+def test_what_is_not_finite_is_counted_at_true_places_only():
+    x, mask = torch.randn(4, 3, 2), torch.ones(4, 3, dtype=torch.bool)
+    mask[0] = False
+    x[0], x[1, 2, 0] = torch.nan, torch.inf
+    for channel_dim, given in ((-1, x), (1, x.movedim(-1, 1))):
+        seen = Samples.of(given, channel_dim=channel_dim, mask=mask, max_samples=99)
+        assert seen.num_nonfinite == 1
+        assert seen.num_seen == 9
+
+
 @pytest.mark.parametrize("layer", [BatchNorm1d(3, channel_dim=-1), BatchNormPerActivation((4, 3))])
 def test_units_of_another_dimension_have_no_mask(layer):
     class Masked(nn.Module):

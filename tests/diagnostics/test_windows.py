@@ -222,6 +222,15 @@ def test_noise_of_a_frozen_normalization_is_that_of_its_input():
     assert seen.noise.mean() == pytest.approx(seen.drift[1:].mean(), rel=0.12)
 
 
+def test_noise_of_halves_that_are_unlike_in_size():
+    model = nn.Sequential(nn.Identity())
+    with watch(model, "0", every=1) as recorder:
+        for x in torch.randn(200, 3, 50, 200, generator=torch.Generator().manual_seed(0)):
+            model(x)  # two examples and one
+    seen = recorder.history["0"]
+    assert seen.noise.mean() == pytest.approx(seen.drift[1:].mean(), rel=0.03)
+
+
 def test_noise_of_a_sum_is_that_of_its_residual_too():
     class Sum(nn.Module):
         def __init__(self) -> None:
