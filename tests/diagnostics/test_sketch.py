@@ -83,6 +83,25 @@ def test_the_bound_with_confidence_holds_as_often_as_it_says_and_is_not_idle():
     assert off.max() > found[0].rank_error(0.99) * len(x) / 3
 
 
+def test_the_bound_is_that_of_the_halvings_that_happened_to_both_streams(monkeypatch):
+    heights, halve = [], Sketch._halve
+
+    def noted(sketch: Sketch, h: int) -> None:
+        heights.append(h)
+        halve(sketch, h)
+
+    monkeypatch.setattr(Sketch, "_halve", noted)
+    x = np.random.default_rng(0).permutation(NUM).astype(float)
+    whole = fed(x[:9000]).merge(fed(x[9000:], seed=1))
+    weights = 2.0 ** np.array(heights)
+    assert weights.max() > 100
+    assert whole.rank_error(None) == pytest.approx(weights.sum() / NUM)
+    for delta in (0.01, 0.5):  # Azuma and Hoeffding, differences between -w and w
+        bound = math.sqrt(2 * math.log(2 / delta) * np.square(weights).sum())
+        assert bound < weights.sum()
+        assert whole.rank_error(1 - delta) == pytest.approx(bound / NUM)
+
+
 def test_a_bound_without_chance_holds_for_the_worst_of_coins(monkeypatch):
     """With every coin falling the same way, errors add up to more than chance would let them."""
     x = np.random.default_rng(0).permutation(NUM).astype(float)

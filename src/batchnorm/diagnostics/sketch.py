@@ -230,10 +230,11 @@ def _at(
     found = []
     for level in np.asarray(levels, dtype=np.float64):
         wanted = np.ceil(level * count / 100)[:, None]
-        place = (ranks < wanted).sum(axis=1)
-        inside = np.minimum(place, ordered.shape[1] - 1) if ordered.shape[1] else place
-        value = np.take_along_axis(ordered, inside[:, None], axis=1)[:, 0] if ordered.shape[1] else highest
-        # Weights may fall short of the rank wanted; then only the largest of all is surely there.
-        value = np.where((place >= ordered.shape[1]) | np.isnan(value), highest, value)
+        value = highest
+        if ordered.shape[1]:
+            place = (ranks < wanted).sum(axis=1)
+            value = np.take_along_axis(ordered, place[:, None], axis=1)[:, 0]
+            # Halvings may have left more nans than their share; then the largest of all is surely there.
+            value = np.where(np.isnan(value), highest, value)
         found.append(np.where(level <= 0, lowest, np.where(level >= 100, highest, value)))
     return np.array(found, dtype=np.float64).reshape(len(found), len(count))
