@@ -3,11 +3,15 @@
 import copy
 import gc
 import json
+import pickle
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -149,6 +153,56 @@ def test_input_of_a_masked_layer_counts_true_places_only():
     np.testing.assert_allclose(seen.percentiles[0, 1], np.median(real, axis=0), rtol=1e-5)
 
 
+def test_what_is_not_finite_is_counted_at_true_places_only():
+    x, mask = torch.randn(4, 3, 2), torch.ones(4, 3, dtype=torch.bool)
+    mask[0] = False
+    x[0], x[1, 2, 0] = torch.nan, torch.inf
+    for channel_dim, given in ((-1, x), (1, x.movedim(-1, 1))):
+        seen = Samples.of(given, channel_dim=channel_dim, mask=mask, max_samples=99)
+        assert seen.num_nonfinite == 1
+        assert seen.num_seen == 9
+
+
+@pytest.mark.parametrize("layer", [BatchNorm1d(3, channel_dim=-1), BatchNormPerActivation((4, 3))])
+def test_units_of_another_dimension_have_no_mask(layer):
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = layer
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.norm(x, mask=mask)
+
+    model, x = Masked(), torch.randn(5, 4, 3)
+    mask = torch.ones((5, 4) if isinstance(layer, BatchNorm1d) else 5, dtype=torch.bool)
+    for on in ("input", "output"):
+        with watch(model, on=on, every=1, channel_dim=1) as recorder:
+            with pytest.raises(ValueError, match=r"'norm' is called with a mask, .* and channel_dim=1 takes"):
+                model(x, mask)
+            assert num_hooks(model) == 1
+        assert not len(recorder.history["norm"].step)
+    usual = -1 if isinstance(layer, BatchNorm1d) else None
+    with watch(model, every=1, channel_dim=usual) as recorder:  # the layer's own is fine
+        model(x, mask)
+    assert len(recorder.history["norm"].step) == 1
+
+
+SEQUENCES = {
+    "recurrent": lambda: nn.LSTM(5, 4, batch_first=True),
+    "attention": lambda: nn.TransformerEncoderLayer(5, 1, 4, dropout=0.0, batch_first=True),
+}
+
+
+@pytest.mark.parametrize("layer", SEQUENCES.values(), ids=SEQUENCES)
+def test_units_of_sequences_come_last(layer):
+    torch.manual_seed(0)
+    model = nn.Sequential(layer())
+    with watch(model, "0", every=1) as recorder:
+        y = model(torch.randn(6, 7, 5))
+    y = (y[0] if isinstance(y, tuple) else y).detach().double().flatten(0, 1).numpy()
+    np.testing.assert_allclose(recorder.history["0"].mean[0], y.mean(0), rtol=1e-4, atol=1e-6)
+
+
 def test_percentiles_of_a_subsample_are_close_and_moments_exact():
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Identity()), torch.randn(8, 3, 56, 56)
@@ -252,18 +306,156 @@ def test_copies_are_not_recorded_and_close_removes_every_hook():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_a_forward_that_raises_leaves_no_record():
+def num_hooks(model: nn.Module) -> int:
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    return hooks + sum(len(p._post_accumulate_grad_hooks or ()) for p in model.parameters())
+
+
+def test_a_forward_that_raises_leaves_no_record_and_no_hooks():
     model = network()
     with watch(model, every=1) as recorder:
+        between = num_hooks(model)
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             nn.Module.__call__(model, torch.randn(4, 5))
+        assert num_hooks(model) == between
         model[4] = nn.Linear(9, 3)  # raises after the watched layer has been seen
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             model(batches(1)[0])
+        assert num_hooks(model) == between
         model[1](torch.randn(5, 8))  # on its own, outside a step
         model[4] = nn.Linear(8, 3)
         model(batches(1)[0])
     assert recorder.history["1"].step.tolist() == [2]
+    assert num_hooks(model) == 0
+
+
+def test_an_interrupted_forward_is_cleared_by_the_next():
+    model, x = network(), batches(1)[0]
+
+    def interrupt(module: nn.Module, args: tuple[Tensor]) -> None:
+        raise KeyboardInterrupt  # which no hook of a module hears of
+
+    with watch(model, every=2) as recorder:
+        handle = model[4].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(x)
+        handle.remove()
+        model(x)
+        assert num_hooks(model) == 1
+        model(x)
+    assert recorder.history["1"].step.tolist() == [2]
+
+
+def test_a_watched_model_can_be_pickled_and_its_copy_watches_nothing():
+    model, x = network(), batches(1)[0]
+    with watch(model, "*", every=1) as recorder:
+        model(x)  # with hooks on its weights too
+        twin = pickle.loads(pickle.dumps(model))
+        twin(x)
+        copy.deepcopy(model)(x).sum().backward()
+    assert recorder.num_steps == 1
+    assert np.isnan(recorder.history["0"].weight_gradient_rms).all()
+    assert torch.equal(twin[0].weight, model[0].weight)
+
+
+@pytest.mark.parametrize("inner", [False, True], ids=["the wrapper", "the model inside"])
+def test_a_model_trained_by_distributed_data_parallel(inner, tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        alone, model = network(), network()
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        names = ("0", "1") if inner else ("module.0", "module.1")
+        with (
+            watch(alone, ["0", "1"], every=2) as one,
+            watch(model if inner else wrapped, names, every=2) as two,
+        ):
+            for trained in (alone, wrapped):
+                torch.manual_seed(1)
+                train(trained, 5)
+        for ours, theirs in zip(two.history.values(), one.history.values(), strict=True):
+            for field, values in vars(theirs).items():
+                np.testing.assert_array_equal(getattr(ours, field), values, err_msg=field)
+        assert (two.history[names[0]].update > 0).all()
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_lazy_modules_are_watched_from_the_pass_that_makes_them():
+    model, x = nn.Sequential(nn.LazyLinear(8), nn.LazyBatchNorm1d(), nn.LazyLinear(3)), batches(1)[0]
+    with watch(model, ["0", "1", "2"], every=1) as recorder:
+        model(x).square().mean().backward()
+    assert recorder.history["1"].units.tolist() == list(range(8))
+    assert all((layer.gradient_rms > 0).all() for layer in recorder.history.values())
+
+
+class Gives(nn.Module):
+    """A model whose body gives something other than a tensor."""
+
+    def __init__(self, make: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.body = nn.Identity()
+        self.body.forward = make
+
+    def forward(self, x: Tensor) -> Any:
+        return self.body(x)
+
+
+OUTPUTS = {
+    "a dictionary": (lambda x: {"logits": x, "aux": x}, "'body' has a dict of 'logits', 'aux' as its output"),
+    "a tuple of no tensor": (lambda x: (None, x), "'body' has NoneType as its output"),
+    "an empty tuple": (lambda x: (), "'body' has tuple as its output"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), OUTPUTS.values(), ids=OUTPUTS)
+def test_outputs_that_cannot_be_watched(make, message):
+    model = Gives(make)
+    with watch(model, "body", every=1) as recorder:
+        with pytest.raises(TypeError, match=f"{message}, .*or name modules inside it"):
+            model(torch.randn(3, 2))
+        assert num_hooks(model) == 1
+    assert not len(recorder.history["body"].step)
+
+
+def test_of_a_tuple_the_first_is_watched():
+    model, x = Gives(lambda x: (x * 2, None)), torch.randn(5, 2)
+    with watch(model, ["body", ""], every=1) as recorder:
+        model(x)
+    for layer in recorder.history.values():
+        np.testing.assert_allclose(layer.mean[0], (x * 2).mean(0), rtol=1e-5, atol=1e-7)
+
+
+def test_a_number_of_units_that_changes_is_refused():
+    model = nn.Sequential(nn.Identity())
+    model[0].weight = nn.Parameter(torch.ones(1))  # followed, and let go of when the record fails
+    with watch(model, "0", every=1):
+        model(torch.randn(4, 3))
+        with pytest.raises(ValueError, match="'0' has 5 units at step 1 and had 3 before"):
+            model(torch.randn(4, 5))
+        assert num_hooks(model) == 1
+    with watch(model, "0", every=1, channel_dim=-1) as recorder:
+        model(torch.randn(2, 4, 3))
+        model(torch.randn(2, 6, 3))
+    assert recorder.history["0"].mean.shape == (2, 3)
+
+
+def test_tensors_without_values_are_refused():
+    model = nn.Sequential(nn.Linear(3, 2, device="meta"))
+    with (
+        watch(model, every=1),
+        pytest.raises(ValueError, match=r"'0' has a tensor without values .* with to_empty\(\)"),
+    ):
+        model(torch.empty(4, 3, device="meta"))
+
+
+def test_wrong_arguments_raise_the_models_own_error():
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    model[0].register_forward_pre_hook(lambda m, args, kwargs: (args, {"y": 1}), with_kwargs=True)
+    recorder = watch(model, "0", on="input", every=1)
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
+        model(torch.randn(4, 3))
+    recorder.close()
 
 
 def test_recomputation_under_checkpointing_is_not_a_second_call():
@@ -281,6 +473,29 @@ def test_recomputation_under_checkpointing_is_not_a_second_call():
     seen = recorder.history["body.0"]
     assert len(seen.step) == 1
     assert recorder._open is None
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_step_that_checkpointing_repeats_whole_is_one_step(reentrant):
+    model, alone = network().eval(), network().eval()  # without dropout, and all of it watched
+    optimizer = torch.optim.SGD([*model.parameters(), *alone.parameters()], 0.1)
+    with (
+        watch(model, "4", every=2, during="both") as one,
+        watch(alone, "4", every=2, during="both") as two,
+    ):
+        for x in batches(5).requires_grad_():
+            optimizer.zero_grad()
+            checkpoint(model, x, use_reentrant=reentrant).square().mean().backward()
+            alone(x).square().mean().backward()
+            optimizer.step()
+        assert num_hooks(model) == num_hooks(alone)
+    assert one.num_steps == two.num_steps == 5
+    seen, expected = one.history["4"], two.history["4"]
+    assert seen.step.tolist() == [0, 2, 4]
+    np.testing.assert_allclose(seen.weight_gradient_rms, expected.weight_gradient_rms, rtol=1e-5)
+    np.testing.assert_allclose(seen.update, expected.update, rtol=1e-5)
+    if not reentrant:
+        np.testing.assert_allclose(seen.gradient_rms, expected.gradient_rms, rtol=1e-5)
 
 
 def test_no_activation_and_no_graph_is_kept_alive():
@@ -367,6 +582,8 @@ BAD = {
     "percentiles as fractions are fine, 120 is not": ({"percentiles": (50, 120)}, "levels from 0 to 100"),
     "on": ({"on": "weights"}, '"output" or "input", got \'weights\''),
     "during": ({"during": "test"}, "got 'test'"),
+    "window": ({"window": 0}, "window must be at least 1 record, or None for the whole run, got 0"),
+    "seed": ({"seed": -1}, "seed must be 0 or more, got -1"),
     "channel_dim": ({"channel_dim": 2}, "channel_dim must be 1, -1 or None, got 2"),
 }
 
@@ -380,6 +597,8 @@ def test_bad_arguments(options, message):
 def test_models_that_cannot_be_watched():
     with pytest.raises(ValueError, match="or convolution to watch by default"):
         watch(nn.Sequential(nn.ReLU()))
+    with pytest.raises(ValueError, match="layers names no module: leave it out"):
+        watch(network(), [])
     with pytest.raises(ValueError, match="is compiled"):
         watch(torch.compile(network(), backend="eager"))
     model = nn.Sequential(nn.Embedding(5, 3))

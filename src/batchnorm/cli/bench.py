@@ -10,7 +10,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from batchnorm.bench import memory, step
+from batchnorm.bench import memory, step, watch
 from batchnorm.bench.results import append, default_path, groups, occasions, picture
 from batchnorm.bench.shapes import SMALL_AND_ODD, inception_shapes, resnet50_shapes
 from batchnorm.bench.timing import MEMORY, MemorySetting, process
@@ -22,6 +22,7 @@ Side-by-side figures on this machine: medians over rounds in which all contender
   step      a whole training step of BN-Inception
   memory    what a training step holds in memory
   loader    images a second from JPEG files, on one core
+  watch     what a recorder adds to training, at its defaults
 
 Results are added to benchmarks/results/, with the machine's description.
 """
@@ -107,7 +108,27 @@ class Loader(Common):
     """PyTorch's threads; decoding has one."""
 
 
-KINDS: dict[str, type[Common]] = {"kernels": Kernels, "step": Step, "memory": Memory, "loader": Loader}
+@dataclass(frozen=True, kw_only=True)
+class Watch(Common):
+    """Training with a recorder at its defaults beside the same training without, one step of each in turn."""
+
+    networks: tuple[watch.Network, ...] = watch.NETWORKS
+    """The paper's first network, BN-Inception at the scale of CIFAR-10, a small residual network."""
+    every: int = 100
+    """Steps from one record to the next; 100 is the recorder's default."""
+    seconds: float = 60.0
+    """For each network; at least three records."""
+    threads: int = 1
+    """PyTorch's threads; 0 leaves its own choice."""
+
+
+KINDS: dict[str, type[Common]] = {
+    "kernels": Kernels,
+    "step": Step,
+    "memory": Memory,
+    "loader": Loader,
+    "watch": Watch,
+}
 
 
 def run(argv: list[str]) -> None:
@@ -206,11 +227,26 @@ def _measure_loader(options: Loader) -> dict[str, Any]:
     )
 
 
+def _watch(options: Any, path: Path, console: Console) -> None:
+    with Console(stderr=True).status("watch") as status:
+        found = watch.measure(
+            networks=options.networks,
+            every=options.every,
+            seconds=options.seconds,
+            threads=options.threads,
+            progress=status.update,
+        )
+    append(path, "watch", found, threads=options.threads, every=options.every, seconds=options.seconds)
+    for table in TABLES["watch"](found):
+        console.print(table)
+
+
 MEASURES: dict[str, Callable[[Any, Path, Console], None]] = {
     "kernels": _kernels,
     "step": _step,
     "memory": _memory,
     "loader": _loader,
+    "watch": _watch,
 }
 
 
@@ -271,9 +307,31 @@ def _loader_tables(found: Mapping[str, Any]) -> list[Table]:
     return [rates, ratios]
 
 
+def _watch_tables(found: Sequence[Mapping[str, Any]]) -> list[Table]:
+    table = Table(
+        "network", "layers", "step", "added", "added (CPU)", "between records", "a record", title="Watching"
+    )
+    for row in found:
+        table.add_row(
+            row["network"],
+            str(row["layers"]),
+            f"{row['step_s'][0] * 1000:.2f} ms",
+            *(_quartiles(row[part], "{:.1%}") for part in ("added", "added_cpu", "between")),
+            _quartiles(row["record"], "{:.1f}") + " steps",
+        )
+    table.caption = "medians over periods from record to record; in brackets: quartiles"
+    return [table]
+
+
+def _quartiles(values: Sequence[float], form: str) -> str:
+    median, low, high = map(form.format, values)
+    return f"{median} ({low} to {high})"
+
+
 TABLES: dict[str, Callable[[Any], list[Table]]] = {
     "kernels": _kernel_tables,
     "step": _step_tables,
     "memory": _memory_tables,
     "loader": _loader_tables,
+    "watch": _watch_tables,
 }

@@ -2,6 +2,7 @@
 
 from batchnorm.diagnostics.history import LayerHistory, load_histories
 from batchnorm.diagnostics.recorder import Recorder
+from batchnorm.diagnostics.sketch import Sketch
 from batchnorm.diagnostics.watch import watch
 
-__all__ = ["LayerHistory", "Recorder", "load_histories", "watch"]
+__all__ = ["LayerHistory", "Recorder", "Sketch", "load_histories", "watch"]
