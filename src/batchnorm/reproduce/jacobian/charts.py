@@ -12,8 +12,6 @@ from batchnorm.reproduce.jacobian.job import PERCENTILES
 NAMES = {"bn": "with BN", "plain": "without BN"}
 BN_SHADES = ("#9cc7ef", "#2b83d6", "#0b3257")
 PLAIN_SHADES = ("#f3b98d", "#e0701f", "#6b3006")
-FLOOR = 1e-3
-"""Singular values are drawn from here on: zeros have no logarithm."""
 
 
 def headline(summary: Mapping[str, Any], which: str, activation: str, kind: str) -> Mapping[str, Any]:
@@ -32,13 +30,12 @@ def spectrum_chart(summary: Mapping[str, Any], activation: str) -> CurveChart:
             values = np.array(point["singular"]["percentiles"][-1], dtype=float)
             name = f"{NAMES[kind]}, step {point['step']:,}"
             levels = np.array(PERCENTILES, dtype=float)
-            curves.append(Curve(name, levels, np.maximum(values, FLOOR), shades[index], kind == "plain"))
+            curves.append(Curve(name, levels, values, shades[index], kind == "plain"))
     return CurveChart(
         f"{activation}: singular values of the Jacobian to the last hidden layer, the paper's network",
         "percentile",
         "singular value",
         curves,
-        log_y=True,
         reference=("1", 1.0),
     )
 

@@ -13,7 +13,7 @@ from batchnorm.reproduce.jacobian.layers import Hidden, gradients, network, of_b
 from batchnorm.reproduce.parts import keep
 from batchnorm.reproduce.pool import advance
 
-PERCENTILES = (5, 25, 50, 75, 95)
+PERCENTILES = (5, 10, 25, 40, 50, 55, 60, 75, 90, 95)
 NEAR_1 = (0.5, 2.0)
 ZERO = 1e-9
 """A singular value below this share of the largest is none: ReLU switches units off."""

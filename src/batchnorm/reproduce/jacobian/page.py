@@ -9,6 +9,7 @@ import numpy as np
 from batchnorm.report import Claim, Page, Section, Table, draw, figure_of, write_page
 from batchnorm.reproduce.jacobian.charts import NAMES, depth_chart, gradient_chart, spectrum_chart
 from batchnorm.reproduce.jacobian.experiment import KINDS, NETWORKS
+from batchnorm.reproduce.jacobian.job import PERCENTILES
 
 INTRO = """\
 Section 3.3 of Ioffe & Szegedy (2015) conjectures that Batch Normalization may lead layers' Jacobians to have
@@ -202,7 +203,7 @@ def _percentiles(point: Mapping[str, Any]) -> str:
 
 
 def _levels(percentiles: Sequence[float]) -> str:
-    low, _, middle, _, high = percentiles
+    low, middle, high = (percentiles[PERCENTILES.index(level)] for level in (5, 50, 95))
     return f"{low:.2g} – {middle:.2g} – {high:.3g}"
 
 
