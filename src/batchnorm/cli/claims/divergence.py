@@ -7,7 +7,8 @@ from rich.console import Console
 from rich.table import Table
 
 from batchnorm.reproduce.divergence import Divergence, run_experiment
-from batchnorm.reproduce.divergence.page import outcome_table
+from batchnorm.reproduce.divergence.experiment import KINDS
+from batchnorm.reproduce.divergence.page import middle_loss
 
 
 def run(argv: list[str]) -> None:
@@ -16,15 +17,16 @@ def run(argv: list[str]) -> None:
     summary = run_experiment(experiment)
     console = Console()
     for activation in experiment.activations:
-        outcome = outcome_table(summary, activation)
         table = Table(
-            *outcome.columns,
+            "normalized by",
+            *(f"rate {rate:g}" for rate in experiment.rates),
             title=f"{experiment.data}, {activation}: training loss after {experiment.steps:,} steps "
             f"(knowing nothing: {summary['chance_loss']:.2f})",
-            caption=f"range of {experiment.seeds} seeds; ∞: not finite, and the step",
+            caption=f"median of {experiment.seeds} seeds; ∞: not finite, and the first such step",
         )
-        for row in outcome.rows:
-            table.add_row(*map(str, row))
+        for kind, about in KINDS.items():
+            networks = summary["networks"][f"{activation}/{kind}"]
+            table.add_row(about.about, *map(middle_loss, networks))
         console.print(table)
     alone = summary["bias_alone"][0]
     sys.stdout.write(

@@ -263,6 +263,12 @@ def _outcome(network: Mapping[str, Any]) -> str:
     return span(network["final_loss"], "{:.3g}") + (f" (step {min(stops):,})" if stops else "")
 
 
+def middle_loss(network: Mapping[str, Any]) -> str:
+    """The median loss at the end for a narrow table; ∞ if any seed is not finite, and the first such step."""
+    stops = [step for step in network["not_finite"] if step is not None]
+    return f"∞ ({min(stops):,})" if stops else f"{network['median_loss']:.3g}"
+
+
 def growth_table(summary: Mapping[str, Any], activation: str) -> Table:
     """How far parameters went, by rate."""
     rows = []
