@@ -10,13 +10,13 @@ from torch import nn
 
 from batchnorm.data import load
 from batchnorm.layers import BatchNorm1d
-from batchnorm.reproduce.divergence import Divergence, run_experiment
+from batchnorm.reproduce.divergence import Divergence
 from batchnorm.reproduce.divergence.experiment import KINDS
-from batchnorm.reproduce.divergence.job import bias_alone, names, num_steps, train
+from batchnorm.reproduce.divergence.job import bias_alone, names, num_steps, run_part, train
 from batchnorm.reproduce.divergence.layers import Normalize, network
 from batchnorm.reproduce.divergence.page import claims, span, write_report
 from batchnorm.reproduce.divergence.summary import CHANCE_LOSS, blown_up, exponent, summarize
-from batchnorm.reproduce.parts import do_parts, keep, log_grid, plain, science
+from batchnorm.reproduce.parts import do_parts, keep, log_grid, path_of, plain, science
 
 
 @pytest.fixture(scope="module")
@@ -137,8 +137,13 @@ def test_parts_are_done_once_and_others_settings_refused(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def summary(tmp_path_factory):
-    torch.set_num_threads(1)
-    return run_experiment(small(tmp_path_factory.mktemp("divergence"), steps=60))
+    experiment = small(tmp_path_factory.mktemp("divergence"), steps=60)
+    (experiment.out / "jobs").mkdir()
+    parts = {}
+    for name, arguments in names(experiment).items():
+        run_part(*arguments)
+        parts[name] = json.loads(path_of(experiment.out, name).read_text())
+    return summarize(experiment, parts)
 
 
 def test_the_whole_says_what_was_measured(summary, tmp_path):

@@ -44,7 +44,7 @@ class Divergence:
     all learns: 784-100-100-100-10, each hidden layer normalized by the mean alone, or by mean and
     deviation, with the statistics outside the gradient or inside it, at several learning rates.
     Writes result.json, pictures and report.html into --out; a second call does only what is missing.
-    About four minutes on two cores.
+    Minutes on two idle cores.
     """
 
     data: str = "digits"

@@ -27,7 +27,7 @@ class Invariance:
     float32 and bfloat16; beside what eps must do to them by calculation. Then the paper's network
     trains from small and large weights at several rates: weights grow, gradients shrink, and the
     effective rate, rate / ‖W‖², settles. Writes result.json, pictures and report.html into --out;
-    a second call does only what is missing. About two minutes on two cores.
+    a second call does only what is missing. Minutes on two idle cores.
     """
 
     data: str = "digits"

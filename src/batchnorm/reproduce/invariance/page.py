@@ -8,7 +8,7 @@ import numpy as np
 
 from batchnorm.report import Claim, Curve, CurveChart, Page, Section, Table, draw, figure_of, write_page
 from batchnorm.reproduce.invariance.experiment import DTYPES, EQUATIONS
-from batchnorm.reproduce.invariance.summary import KINDS, spread_of_rates
+from batchnorm.reproduce.invariance.summary import KINDS, spread_of_losses, spread_of_rates
 
 INTRO = """\
 Section 3.3 of Ioffe & Szegedy (2015): for a scalar a, BN(aWu) = BN(Wu); ∂BN(aWu)/∂u = ∂BN(Wu)/∂u;
@@ -98,7 +98,7 @@ def _equation(summary: Mapping[str, Any], equation: str) -> Claim:
     found = {dtype: worst(summary, dtype, equation) for dtype in DTYPES}
     same = sum(row["powers_of_two"] for row in summary["exact"].values())
     tried = sum(row["powers_tried"] for row in summary["exact"].values())
-    held = found["float64"] < 1e-12 and found["float32"] < 1e-4
+    held = found["float64"] < 1e-10 and found["float32"] < 1e-4
     note = (
         f"eps = 0; a from {summary['scales'][0]:g} to {summary['scales'][-1]:g}; kernels: {_kernels(summary)}"
     )
@@ -162,20 +162,25 @@ def _right_angle(summary: Mapping[str, Any]) -> Claim:
 
 
 def _steadies(summary: Mapping[str, Any]) -> Claim:
-    settings = summary["experiment"]
-    told, narrower = [], []
+    settings, rows = summary["experiment"], summary["training"]
+    told, near, better = [], [], []
     for rate in settings["rates"]:
-        first, last = spread_of_rates(summary["training"]["bn"], rate)
-        told.append(f"rate {rate:g}: {first:,.0f} → {last:,.0f}")
-        narrower.append(last < first)
+        (first, last), (_, without) = (spread_of_rates(rows[kind], rate) for kind in KINDS)
+        losses, losses_without = (spread_of_losses(rows[kind], rate) for kind in KINDS)
+        told.append(
+            f"rate {rate:g}: {first:,.0f} → {last:,.0f} (without BN {without:,.0f}), losses {losses:.1f} "
+            f"({losses_without:.1f})"
+        )
+        near.append(last < 10 and last <= without)
+        better.append(losses < losses_without)
     return Claim(
         "Batch Normalization stabilizes the growth of the parameters.",
         "stated without a figure",
-        "largest over smallest effective rate of the initial deviations, first → last step: "
-        + "; ".join(told),
-        "holds" if all(narrower) and last < 10 else "partly" if all(narrower) else "misses",
-        f"{settings['steps']:,} steps. Small weights are outgrown within some steps, large ones hardly move; "
-        "holds: within a factor of 10",
+        "largest over smallest of the initial deviations, effective rate at first → last step, and losses at "
+        "the end: " + "; ".join(told),
+        "holds" if all(near) else "partly" if all(better) else "misses",
+        f"{settings['steps']:,} steps; holds: effective rates within a factor of 10, and no wider than without "
+        "BN; partly: losses depend less on the initial scale than without",
     )
 
 

@@ -106,3 +106,9 @@ def spread_of_rates(rows: Sequence[Mapping[str, Any]], rate: float) -> tuple[flo
     these = [np.median(row["effective"], axis=0) for row in rows if row["rate"] == rate]
     first, last = ([of[t] for of in these] for t in (0, -1))
     return max(first) / min(first), max(last) / min(last)
+
+
+def spread_of_losses(rows: Sequence[Mapping[str, Any]], rate: float) -> float:
+    """Largest over smallest loss at the end, medians of seeds, among initial deviations."""
+    these = [float(np.median(row["final_loss"])) for row in rows if row["rate"] == rate]
+    return max(these) / min(these)

@@ -20,7 +20,7 @@ class Jacobian:
     statistics held fixed, and for a whole batch with the statistics as part of the map; whether the
     conditions that the paper names are met; and how the gradient changes through depth. Writes
     result.json, pictures and report.html into --out; a second call does only what is missing.
-    About six minutes on two cores.
+    Minutes on two idle cores.
     """
 
     data: str = "digits"

@@ -321,7 +321,10 @@ def gradient_table(summary: Mapping[str, Any], activation: str) -> Table:
         "a layer",
         "first / last, in W",
     )
-    caption = "Norm of the gradient at the first hidden layer over that at the last; range of the seeds."
+    caption = (
+        "Norm of the gradient at the first hidden layer over that at the last; range of the seeds. A network "
+        "that is no longer finite has no further rows."
+    )
     return Table(f"Gradients through depth, {activation}", columns, rows, caption)
 
 
