@@ -32,6 +32,60 @@ def test_any_split_merged_in_any_order_gives_the_moments_of_the_whole(cuts, offs
     torch.testing.assert_close(whole.var, var, rtol=1e-13 + 1e-15 * abs(offset), atol=0)
 
 
+def as_a_tree(parts: list[Moments], order) -> Moments:
+    """Any two neighbours or strangers at a time, until one is left."""
+    parts = list(parts)
+    while len(parts) > 1:
+        one = parts.pop(order.randrange(len(parts)))
+        other = parts.pop(order.randrange(len(parts)))
+        parts.insert(order.randrange(len(parts) + 1), one.merge(other))
+    return parts[0]
+
+
+STREAMS = {
+    "offset": st.sampled_from([0.0, 1.0, -30.0, 1e4, 1e6]),
+    "sizes": st.lists(st.one_of(st.just(1), st.integers(1, 40)), min_size=1, max_size=25),
+    "seed": st.integers(0, 1000),
+    "order": st.randoms(use_true_random=False),
+}
+
+
+def stream(sizes: list[int], offset: float, seed: int) -> list[torch.Tensor]:
+    """Float32 batches of those sizes whose means differ from each other."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(sum(sizes), 3, generator=generator, dtype=torch.float64)
+    drift = torch.linspace(-1, 1, len(x), dtype=torch.float64)[:, None]
+    return list((x + drift + offset).float().split(sizes))
+
+
+@given(**STREAMS)
+@settings(max_examples=60, deadline=None)
+def test_any_tree_of_merges_of_float32_samples_gives_float64_moments_of_the_whole(sizes, offset, seed, order):
+    batches = stream(sizes, offset, seed)
+    whole = torch.cat(batches).double()
+    merged = as_a_tree([Moments.of(b, dtype=torch.float64) for b in batches], order)
+    assert merged.count == len(whole)
+    rounding = 2**-24  # of float32, in which running statistics are stored
+    torch.testing.assert_close(merged.mean, whole.mean(0), rtol=rounding, atol=rounding)
+    torch.testing.assert_close(merged.var, whole.var(0, correction=0), rtol=rounding, atol=1e-12)
+
+
+@given(**STREAMS)
+@settings(max_examples=60, deadline=None)
+def test_any_tree_of_merges_in_float32_is_off_by_its_rounding_of_the_mean(sizes, offset, seed, order):
+    batches = stream(sizes, offset, seed)
+    whole = torch.cat(batches).double()
+    merged = as_a_tree([Moments.of(b) for b in batches], order)
+    assert merged.mean.dtype == torch.float32
+    mean, var = whole.mean(0), whole.var(0, correction=0)
+    # A merge rounds the mean, on the way in and out, and the variance knows a distance of means to that.
+    rounding = 2**-24 * (abs(offset) + 4)
+    depth = len(batches) + 1
+    assert ((merged.mean.double() - mean).abs() <= 2 * depth * rounding).all()
+    allowed = 2 * depth * (2 * rounding * (var.sqrt() + 1) + rounding**2 + 2**-23 * var)
+    assert ((merged.var.double() - var).abs() <= allowed).all()
+
+
 def test_unequal_splits_weigh_by_count_not_by_batch():
     # Averaging batches of 64 and 2 equally gave 0.66 where the population has 296.7.
     x = torch.cat([torch.randn(64, 1), 100 + torch.randn(2, 1)])

@@ -5,10 +5,11 @@ Source: Ioffe & Szegedy (2015), arXiv 1502.03167.
 
 from batchnorm import functional
 from batchnorm.diagnostics import watch
+from batchnorm.doctor import diagnose
 from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormPerActivation
 from batchnorm.moments import Moments
-from batchnorm.statistics import recalibrate
-from batchnorm.surgery import accelerate, fold, freeze, insert, thaw
+from batchnorm.statistics import commit_on_step, recalibrate
+from batchnorm.surgery import accelerate, convert, fold, freeze, insert, parameter_groups, thaw
 
 __version__ = "0.1.0"
 
@@ -19,10 +20,14 @@ __all__ = [
     "BatchNormPerActivation",
     "Moments",
     "accelerate",
+    "commit_on_step",
+    "convert",
+    "diagnose",
     "fold",
     "freeze",
     "functional",
     "insert",
+    "parameter_groups",
     "recalibrate",
     "thaw",
     "watch",

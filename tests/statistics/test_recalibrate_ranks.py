@@ -68,12 +68,72 @@ def poison_on_rank_1(rank: int) -> str:
     return "no error"
 
 
+def means_of_ranks_differ(rank: int) -> dict[str, torch.Tensor]:
+    model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.BatchNorm1d(1)).double())
+    for value in (-1.0, 1.0):  # training: each rank's running statistics are those of its own data
+        model(torch.tensor([[value - 1], [value + 1]]).double() + 10 * rank)
+    mine = [torch.tensor([[-1.0], [1.0]]).double() + 10 * rank] * 500
+    recalibrate(model, mine, group=dist.group.WORLD)
+    return {key: value.numpy() for key, value in model.module.state_dict().items()}
+
+
+def stop_early(rank: int) -> tuple[float, int, float]:
+    model = nn.Sequential(nn.BatchNorm1d(1)).double()
+    # Rank 1 has fewer batches than will be needed; rank 0 has them all, in lists of its own sizes.
+    mine = (
+        list(shuffled()[: 12_000 - 12 * 60].split(12))
+        if rank == 0
+        else list(shuffled()[-12 * 60 :].split(12))
+    )
+    report = recalibrate(model, mine, group=dist.group.WORLD, standard_error=0.02)
+    return report.standard_error, report.num_batches, model[0].running_mean.item()
+
+
+def shuffled() -> torch.Tensor:
+    torch.manual_seed(2)
+    return torch.randn(12_000, 1, dtype=torch.float64) + 3
+
+
+def metric_of_ranks(rank: int) -> tuple[float, float, bool, float]:
+    model = nn.Sequential(nn.BatchNorm1d(1)).double()
+    # Alone rank 0 would keep the new statistics and rank 1 the old ones.
+    report = recalibrate(
+        model,
+        data()[:, :1].split(8),
+        group=dist.group.WORLD,
+        metric=lambda m: (m[0].running_mean.item() != 0) * (1.0 if rank == 0 else -3.0),
+        keep_better=True,
+    )
+    return report.metric.old, report.metric.new, report.kept_old, model[0].running_mean.item()
+
+
+def metric_fails_on_rank_1(rank: int) -> str:
+    model = network()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+
+    def metric(_: nn.Module) -> float:
+        if rank == 1:
+            raise KeyError("labels")
+        return 0.0
+
+    try:
+        recalibrate(model, [data()], group=dist.group.WORLD, metric=metric)
+    except (KeyError, RuntimeError) as error:
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
 CASES = {
     "exact": share,
     "pooled": lambda rank: share(rank, "pooled"),
     "paper": lambda rank: share(rank, "paper"),
     "nothing": nothing_on_rank_1,
     "poison": poison_on_rank_1,
+    "means of ranks differ": means_of_ranks_differ,
+    "stop early": stop_early,
+    "metric": metric_of_ranks,
+    "metric fails": metric_fails_on_rank_1,
 }
 
 
@@ -119,3 +179,29 @@ def test_an_error_on_one_rank_ends_both_and_changes_nothing(answers):
     first, second = (answers.get(("poison", rank)) for rank in range(2))
     assert str(first).startswith("RuntimeError: recalibration failed on 1 other rank"), first
     assert str(second).startswith("ValueError: batch 0, layer '1'"), second
+
+
+def test_ddp_and_timm_distribute_bn_rows_statistics_are_pooled_over_ranks(answers):
+    for rank in range(2):
+        state = answers["means of ranks differ", rank]
+        # Rank 0 alone has mean 0, rank 1 has 10; the average of their variances is 1.
+        assert state["0.running_mean"].item() == pytest.approx(5, rel=1e-12)
+        assert state["0.running_var"].item() == pytest.approx((1 + 25) * 2000 / 1999, rel=1e-12)
+
+
+def test_ranks_stop_at_the_same_batch_once_all_their_data_are_enough(answers):
+    first, second = (answers["stop early", rank] for rank in range(2))
+    assert first == second
+    error, num_batches, mean = first
+    assert 0.012 < error <= 0.02
+    assert 2500 / 12 * 0.6 < num_batches < 2500 / 12 * 2
+    assert mean == pytest.approx(3, abs=4 * 0.02)
+
+
+def test_the_mean_of_the_metric_over_ranks_decides_for_all(answers):
+    assert answers["metric", 0] == answers["metric", 1] == (0.0, -1.0, True, 0.0)
+
+
+def test_a_metric_that_fails_on_one_rank_ends_both_and_changes_nothing(answers):
+    assert answers["metric fails", 0].startswith("RuntimeError: the metric failed on 1 other rank")
+    assert answers["metric fails", 1] == "KeyError: 'labels'"

@@ -1,12 +1,14 @@
 """What other tools get wrong, one named test a row."""
 
 import copy
+import re
 
 import pytest
 import torch
 from population import assert_statistics, assert_unchanged, deep, images, norms, snapshot, truth
 from torch import Tensor, nn
 
+from batchnorm.moments import Moments
 from batchnorm.statistics import recalibrate
 
 
@@ -72,6 +74,30 @@ def test_swa_update_bn_row_last_batch_of_one_raises_and_restores(method):
     with pytest.raises(ValueError, match=r"batch 1, layer 'bn3': 1 sample\(s\) a channel.*method=\"exact\""):
         recalibrate(model, x.split([39, 1]), method=method)
     assert_unchanged(model, before)
+
+
+def test_swa_update_bn_row_a_last_batch_of_one_is_a_sample_like_any_other():
+    model, x = deep(), images()
+    model.train()
+    for norm in norms(model).values():
+        norm.momentum = 0.3
+    expected = truth(model, x)
+    before = snapshot(model)
+    recalibrate(model, x.split([39, 1]))
+    assert_statistics(model, expected, rtol=1e-11, atol=1e-12)
+    assert_unchanged(model, before, but_statistics=True)  # momentum among them
+
+
+def test_flax_and_equinox_rows_running_variance_is_unbiased_and_moments_are_biased_as_they_say():
+    x = torch.tensor([[1.0], [2.0], [6.0]], dtype=torch.float64)  # squares around the mean 3: 4 + 1 + 9
+    for method in ("exact", "pooled", "paper"):
+        model = nn.Sequential(nn.BatchNorm1d(1)).double()
+        recalibrate(model, [x], method=method)
+        assert model[0].running_var.item() == pytest.approx(14 / 2, rel=1e-12)
+    assert Moments.of(x).var.item() == pytest.approx(14 / 3, rel=1e-12)
+    assert Moments.of(x).unbiased().item() == pytest.approx(14 / 2, rel=1e-12)
+    assert re.search(r"variance stored is unbiased", re.sub(r"\s+", " ", recalibrate.__doc__))
+    assert "Biased variance" in Moments.__doc__
 
 
 def test_fvcore_row_variance_one_at_mean_ten_thousand():

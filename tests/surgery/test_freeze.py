@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from batchnorm import layers
-from batchnorm.surgery import freeze, thaw
+from batchnorm.surgery import accelerate, freeze, thaw
+from batchnorm.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 
 
 def make():
@@ -127,6 +128,102 @@ def test_gradients_pass_a_frozen_layer_as_one_linear_map():
     model.train()(x).backward(cotangent)
     scale = model[1].weight / (model[1].running_var + model[1].eps).sqrt()
     torch.testing.assert_close(x.grad, (cotangent * scale) @ model[0].weight)
+
+
+def test_a_thaw_keeps_what_an_accelerated_copy_carries():
+    # A frozen layer of torch's that was fused became torch's again, without its activation.
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU())
+    freeze(model)
+    fast, _ = accelerate(model, X, keep_memory=False)
+    assert fast[1].activation == "relu"
+    thaw(fast)
+    assert fast[1].activation == "relu"
+    assert fast.eval()(X).min() == 0
+
+
+# Rows of what others do.
+
+
+def test_torch_row_a_freeze_by_eval_is_undone_by_train():
+    model = make()
+    model[1].eval()
+    before = model[1].running_mean.clone()
+    model.train()(X)
+    assert not torch.equal(model[1].running_mean, before)
+    freeze(model)
+    before = model[1].running_mean.clone()
+    model.eval().train()(X)
+    assert torch.equal(model[1].running_mean, before)
+
+
+def test_lightning_row_a_frozen_layer_does_not_normalize_by_the_batch():
+    model = make().train()
+    for parameter in model[1].parameters():
+        parameter.requires_grad_(False)  # all that its freeze does to a layer in training mode
+    by_batch = nn.functional.batch_norm(X, None, None, model[1].weight, model[1].bias, training=True)
+    torch.testing.assert_close(model[1](X), by_batch)
+    freeze(model, affine=True)
+    running = model[1].running_mean, model[1].running_var
+    by_running = nn.functional.batch_norm(X, *running, model[1].weight, model[1].bias)
+    torch.testing.assert_close(model[1](X), by_running)
+    assert not torch.allclose(model[1](X), by_batch, atol=0.1)
+
+
+@pytest.mark.parametrize("momentum", [None, 0.3, 0.0], ids=str)
+def test_timm_row_a_thaw_restores_momentum(momentum):
+    model = nn.Sequential(nn.BatchNorm1d(4, momentum=momentum))
+    untouched = copy.deepcopy(model)
+    freeze(model)
+    model(X)
+    thaw(model)
+    assert model[0].momentum == momentum
+    assert model[0].track_running_stats
+    for net in (model, untouched):
+        for x in (X, X + 1):
+            net(x)
+    for name, value in untouched.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+# Saving.
+
+
+def test_a_freeze_is_loaded_from_a_state_dict_and_from_torch_save(tmp_path):
+    model = make()
+    freeze(model)
+    ours = nn.Sequential(
+        nn.Linear(4, 4), layers.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 4), layers.BatchNorm1d(4)
+    )
+    fresh = copy.deepcopy(ours)
+    fresh.load_state_dict(model.state_dict())
+    assert fresh[1].frozen
+    assert fresh[4].frozen
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    fresh = copy.deepcopy(ours)
+    fresh.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
+    assert fresh[1].frozen
+    make().load_state_dict(model.state_dict())  # torch's layers take the tensors, and complain of nothing
+
+
+def test_tensors_alone_carry_no_freeze_and_take_none_away(tmp_path):
+    """A plain dict, or a run's own safetensors files: the layer keeps the flag that it has."""
+    model = make()
+    freeze(model)
+    saved = Checkpoint(3, model.state_dict(), {}, {})
+    path = save_checkpoint(tmp_path / "checkpoints", saved)
+    for tensors in (load_checkpoint(path).model, {k: v.clone() for k, v in model.state_dict().items()}):
+        frozen, free = make(), make()
+        freeze(frozen)
+        for net in (frozen, free):
+            for buffer in net.buffers():
+                buffer.zero_()
+            net.load_state_dict(tensors)
+            assert torch.equal(net[1].running_mean, model[1].running_mean)
+        assert frozen[1].frozen
+        assert frozen[4].frozen
+        assert type(free[1]) is nn.BatchNorm1d
+        assert not free[4].frozen
+        torch.testing.assert_close(frozen.train()(X), model(X))
 
 
 class Foreign(nn.BatchNorm1d):

@@ -16,6 +16,10 @@ COMMANDS = {
         "batchnorm.cli.evaluate",
         "top-1 and top-5 accuracy of one run, or of several as an ensemble",
     ),
+    "doctor": (
+        "batchnorm.cli.doctor",
+        "what is wrong with a model's normalizations, where, and how much each cure helps",
+    ),
     "shards": (
         "batchnorm.cli.shards",
         "pack a folder of images into tar files, verified; goes on if stopped",

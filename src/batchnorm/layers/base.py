@@ -1,7 +1,7 @@
 """What all batch-normalized layers share: which statistics are used, and when they move."""
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from batchnorm.kernels.activations import check_activation
 from batchnorm.layers import recompute, small
 from batchnorm.layers.running import commit, is_recomputation
 from batchnorm.moments import Moments
+
+if TYPE_CHECKING:
+    from batchnorm.layers.pending import Pending
 
 _is_compiling = torch.compiler.is_compiling
 
@@ -35,6 +38,9 @@ class Normalization(_BatchNorm):
     Raises:
         ValueError: ``eps`` is negative, ``activation`` unknown or ``channel_dim`` neither 1 nor -1.
     """
+
+    pending: "Pending | None" = None
+    """What takes the moments of a training batch in place of the running statistics, if anything."""
 
     def __init__(
         self,
@@ -123,12 +129,17 @@ class Normalization(_BatchNorm):
         weight, bias, mean, var = self._vectors()
         by_running = mean is not None and (self.frozen or not self.training)
         moves = not by_running and self.track_running_stats and mean is not None and not is_recomputation()
+        pending = self.pending if moves else None
         # First what is not worth more words than arithmetic.
         if mean is not None and mask is None and not _is_compiling() and x.is_cpu and self._is_plain(x):
             running = (mean, var, self._buffers["num_batches_tracked"] if moves else None, self.momentum)
+            if pending is not None:
+                running = pending.blank()
             given = (x, weight, bias, *running, self.eps, activation, residual)
             y = (small.normalize_with if by_running else small.normalize)(*given)
             if y is not None:
+                if pending is not None:
+                    pending.take_blank(running, x.numel() // mean.numel())
                 return y
         options: dict[str, Any] = {
             "eps": self.eps,
@@ -143,7 +154,7 @@ class Normalization(_BatchNorm):
             return y
         y, moments = batch_norm(x, weight, bias, **options)
         recompute.offer(y, x, [moments.mean, moments.var, weight, bias], **options)
-        if moves:
+        if moves and (pending is None or not pending.take(moments)):
             commit(mean, var, self.num_batches_tracked, moments, self.momentum)
         return y
 

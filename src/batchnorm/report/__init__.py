@@ -1,7 +1,7 @@
 """Plain data in, one offline HTML page and its pictures out."""
 
 from batchnorm.report.charts import COLOURS, Chart, Curve, CurveChart, PercentileChart, PercentilePanel
-from batchnorm.report.page import Claim, Figure, Page, Section, Table, write_page
+from batchnorm.report.page import Claim, Figure, Page, Section, Table, embedded, write_page
 from batchnorm.report.pictures import draw
 from batchnorm.report.plots import figure_of, plot
 
@@ -18,6 +18,7 @@ __all__ = [
     "Section",
     "Table",
     "draw",
+    "embedded",
     "figure_of",
     "plot",
     "write_page",

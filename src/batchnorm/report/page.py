@@ -143,11 +143,20 @@ def write_page(page: Page, path: str | os.PathLike[str]) -> Path:
     plots = [figure.plot for section in page.sections for figure in section.figures]
     html = environment.get_template("page.html.jinja").render(
         page=page,
-        plots=Markup(_script_safe(json.dumps(_plain(plots), allow_nan=False))),
+        plots=embedded(plots),
         plotly_js=Markup(get_plotlyjs()) if plots else "",
     )
     write_bytes(Path(path), html.encode())
     return Path(path)
+
+
+def embedded(value: Any) -> Markup:
+    """``value`` as JSON that can stand inside ``<script>``: arrays as lists, null for what is not finite.
+
+    Raises:
+        TypeError: It holds something that JSON cannot.
+    """
+    return Markup(_script_safe(json.dumps(_plain(value), allow_nan=False)))
 
 
 def _plain(value: Any) -> Any:

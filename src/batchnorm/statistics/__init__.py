@@ -1,6 +1,17 @@
-"""Population statistics: what a batch-normalized network uses once training is over."""
+"""Running and population statistics: what a batch-normalized network uses once training is over."""
 
+from batchnorm.statistics.commit import CommitHandle, commit_on_step
+from batchnorm.statistics.metric import MetricChange
+from batchnorm.statistics.population import Population
 from batchnorm.statistics.recalibrate import recalibrate
 from batchnorm.statistics.recalibration_report import LayerChange, RecalibrationReport
 
-__all__ = ["LayerChange", "RecalibrationReport", "recalibrate"]
+__all__ = [
+    "CommitHandle",
+    "LayerChange",
+    "MetricChange",
+    "Population",
+    "RecalibrationReport",
+    "commit_on_step",
+    "recalibrate",
+]

@@ -2,20 +2,24 @@
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.layers import Normalization
 from batchnorm.moments import Moments
+from batchnorm.statistics.feeding import Forward, explained, feed, length, shown
+from batchnorm.statistics.spread import Spread
 
-Forward = Callable[[nn.Module, Any], object]
+# Batches whose spread is computed at once: one by one costs small layers as much as the rest of a pass.
+_TOGETHER = 64
 
 
 class _StopHere(BaseException):  # not an Exception: a model's own `except Exception` lets it through
@@ -30,33 +34,19 @@ class Pass:
         moments: Of the inputs of every watched layer that was reached, in float64, flat.
         averages: With ``average=True``, for every such layer the moments over its calls of the
             vector (batch mean, unbiased batch variance), shape (2 C,); each call counts once.
+        spreads: With ``spread=True``, how the batches of every such layer differ; all its calls
+            within a batch are one batch of samples.
         num_calls: Calls of each reached layer.
         num_batches: Batches that were run.
+        exhausted: Whether no rank is known to have more batches.
     """
 
     moments: dict[str, Moments] = field(default_factory=dict)
     averages: dict[str, Moments] = field(default_factory=dict)
+    spreads: dict[str, Spread] = field(default_factory=dict)
     num_calls: dict[str, int] = field(default_factory=dict)
     num_batches: int = 0
-
-
-def feed(model: nn.Module, batch: Any) -> object:
-    """Call ``model`` with a tensor, with the first item of a tuple or list, or with a dict's keywords.
-
-    Raises:
-        TypeError: ``batch`` is something else, or an empty tuple or list.
-    """
-    if isinstance(batch, Tensor):
-        return model(batch)
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, tuple | list) and batch:
-        return model(batch[0])
-    came = "an empty " + type(batch).__name__ if isinstance(batch, tuple | list) else type(batch).__name__
-    raise TypeError(
-        "a batch must be a tensor, a tuple or list whose first item is the model's input, or a dict of "
-        f"keyword arguments; got {came}. Pass forward=callable(model, batch) to call the model your own way"
-    )
+    exhausted: bool = True
 
 
 def call_moments(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Moments:
@@ -72,7 +62,7 @@ def call_moments(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any
         moments = layer.moments(x, given.get("mask"))
     else:
         moments = Moments.of(x.detach(), dtype=torch.float64)
-    num_channels = layer.running_mean.numel()
+    num_channels = layer.num_features
     if moments.mean.numel() != num_channels:
         raise ValueError(f"expected {num_channels} channels, got input of shape {tuple(x.shape)}")
     return Moments(moments.mean.flatten(), moments.var.flatten(), moments.count)
@@ -92,6 +82,11 @@ class Passes:
         forward: How to call the model with a batch; `feed` when ``None``.
         group: Process group whose ranks share the data, or ``None`` for this process alone.
         progress: Draw a progress bar with rich.
+        again: Keep what a one-shot iterator gives, as more than one pass is wanted.
+
+    Attributes:
+        limit: Use only so many of the first batches (of each rank); all of them when ``None``.
+        num_done: Passes so far.
     """
 
     def __init__(
@@ -103,43 +98,73 @@ class Passes:
         forward: Forward | None,
         group: dist.ProcessGroup | None,
         progress: bool,
+        again: bool,
     ) -> None:
         self.model, self.layers, self.batches = model, layers, batches
         self.forward: Forward = forward or feed
         self.group, self.progress = group, progress
+        self.limit: int | None = None
         self.num_done = 0
+        self._kept: list[Any] | None = [] if again and isinstance(batches, Iterator) else None
 
-    def run(self, watch: Iterable[str], *, stop: bool = False, average: bool = False) -> Pass:
+    def run(
+        self, watch: Iterable[str], *, stop: bool = False, average: bool = False, spread: bool = False
+    ) -> Pass:
         """Run every batch and pool the moments of the inputs of the layers in ``watch``.
 
         Args:
             watch: Paths of the layers to watch.
             stop: End each batch at the first watched layer that it reaches.
             average: Fill `Pass.averages` too.
+            spread: Fill `Pass.spreads` too.
 
         Raises:
             ValueError: A batch gives a layer values that are not finite or of a shape that it does
                 not take, a layer in training mode gets fewer than two samples a channel, or there
                 are no batches at all.
+            TypeError: The model cannot be called with a batch.
             RuntimeError: Another rank failed.
         """
         self.num_done += 1
         found, error = Pass(), None
         try:
-            with _same_random_numbers(self.model), _eagerly():
-                self._run_here(found, list(watch), stop=stop, average=average)
+            batches = self._first()
+            with same_random_numbers(self.model), _eagerly():
+                self._run_here(found, batches, list(watch), stop=stop, average=average, spread=spread)
         except Exception as caught:
             if self.group is None:
                 raise
             error = caught  # raised once the other ranks, which wait for our moments, know of it
         if self.group is not None:
-            found = self._share(found, error, average=average)
+            found = self._share(found, error, average=average, spread=spread)
         if not found.num_batches:
             again = " (any more: this pass over it, a later one, found nothing)" if self.num_done > 1 else ""
             raise ValueError(f"batches is empty{again}: population statistics need at least one batch")
         return found
 
-    def _run_here(self, found: Pass, watch: list[str], *, stop: bool, average: bool) -> None:
+    def _first(self) -> Iterable[Any]:
+        """The batches to use, up to the limit; a one-shot iterator is drawn from here, outside the replay."""
+        batches = self.batches
+        if self._kept is not None:
+            missing = None if self.limit is None else max(self.limit - len(self._kept), 0)
+            self._kept.extend(islice(iter(batches), missing))
+            batches = self._kept
+        # An iterator of a loader is made, and draws from torch's random state, only inside the replay.
+        return batches if self.limit is None else _First(batches, self.limit)
+
+    def _run_here(
+        self,
+        found: Pass,
+        batches: Iterable[Any],
+        watch: list[str],
+        *,
+        stop: bool,
+        average: bool,
+        spread: bool,
+    ) -> None:
+        of_batch: dict[str, Moments] = {}
+        waiting: dict[str, list[Moments]] = {}
+
         def enter(name: str, layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             place = f"batch {found.num_batches}, layer {name or '(model)'!r}"
             try:
@@ -149,6 +174,8 @@ class Passes:
             _check(moments, place, in_training=layer.training)
             found.num_calls[name] = found.num_calls.get(name, 0) + 1
             _pool(found.moments, name, moments)
+            if spread:
+                _pool(of_batch, name, moments)
             if average:
                 both = torch.cat([moments.mean, moments.unbiased()])
                 _pool(found.averages, name, Moments(both, torch.zeros_like(both), 1))
@@ -164,23 +191,39 @@ class Passes:
                 # Registered last, so that it sees what the user's own hooks made of the input.
                 handle = self.layers[name].register_forward_pre_hook(hook, with_kwargs=True)
                 stack.callback(handle.remove)
-            for batch in stack.enter_context(_shown(self.batches, self.num_done, self.progress)):
+            total = length(batches)
+            if self.progress:
+                title = f"recalibrate, pass {self.num_done}"
+                batches = stack.enter_context(shown(batches, total, title))
+            for batch in batches:
                 try:
                     self.forward(self.model, batch)
                 except _StopHere:
                     pass
-                except RuntimeError as error:
-                    raise _explained(error, self.model, batch, found.num_batches) from error
+                except (RuntimeError, TypeError) as error:
+                    better = explained(error, self.model, batch, found.num_batches, self.forward)
+                    if better is error:
+                        raise
+                    raise better from error
                 found.num_batches += 1
+                for name, moments in of_batch.items():
+                    waiting.setdefault(name, []).append(moments)
+                    if len(waiting[name]) == _TOGETHER:
+                        _spread(found.spreads, name, waiting.pop(name))
+                of_batch.clear()
+        for name, several in waiting.items():
+            _spread(found.spreads, name, several)
+        if self.limit is not None and found.num_batches == self.limit:
+            found.exhausted = self._kept is None and length(self.batches) == self.limit
 
-    def _share(self, mine: Pass, error: Exception | None, *, average: bool) -> Pass:
+    def _share(self, mine: Pass, error: Exception | None, *, average: bool, spread: bool) -> Pass:
         """The same pass over the data of all ranks; raises on every rank if one of them failed."""
         names = list(self.layers)
         device = next(iter(self.layers.values())).running_mean.device
-        counts = [int(error is not None), mine.num_batches, *(mine.num_calls.get(name, 0) for name in names)]
-        summed = torch.tensor(counts, device=device)
+        flags = [int(error is not None), int(not mine.exhausted), mine.num_batches]
+        summed = torch.tensor([*flags, *(mine.num_calls.get(name, 0) for name in names)], device=device)
         dist.all_reduce(summed, group=self.group)
-        num_failed, num_batches, *num_calls = summed.tolist()
+        num_failed, num_with_more, num_batches, *num_calls = summed.tolist()
         if error is not None:
             raise error
         if num_failed:
@@ -188,7 +231,7 @@ class Passes:
                 f"recalibration failed on {num_failed} other rank(s), whose own messages say why; "
                 "nothing is changed on this rank"
             )
-        whole = Pass(num_batches=num_batches)
+        whole = Pass(num_batches=num_batches, exhausted=not num_with_more)
         for name, calls in zip(names, num_calls, strict=True):
             if calls:
                 whole.num_calls[name] = calls
@@ -196,15 +239,40 @@ class Passes:
                 whole.moments[name] = self._over_ranks(mine.moments.get(name), size, device)
                 if average:
                     whole.averages[name] = self._over_ranks(mine.averages.get(name), 2 * size, device)
+                if spread:
+                    here = mine.spreads.get(name) or Spread.of([_nothing(size, device)])
+                    whole.spreads[name] = here.all_reduce(self.group)
         return whole
 
     def _over_ranks(self, moments: Moments | None, size: int, device: torch.device) -> Moments:
-        nothing = torch.zeros(size, dtype=torch.float64, device=device)
-        return (moments or Moments(nothing, nothing, 0)).all_reduce(self.group)
+        return (moments or _nothing(size, device)).all_reduce(self.group)
+
+
+class _First:
+    """The first few of some batches, as often as they are gone through."""
+
+    def __init__(self, batches: Iterable[Any], num: int) -> None:
+        self.batches, self.num = batches, num
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(iter(self.batches), self.num)
+
+    def __len__(self) -> int:
+        return min(len(self.batches), self.num)
+
+
+def _nothing(size: int, device: torch.device) -> Moments:
+    zeros = torch.zeros(size, dtype=torch.float64, device=device)
+    return Moments(zeros, zeros, 0)
 
 
 def _pool(pooled: dict[str, Moments], name: str, moments: Moments) -> None:
     pooled[name] = pooled[name].merge(moments) if name in pooled else moments
+
+
+def _spread(spreads: dict[str, Spread], name: str, batches: list[Moments]) -> None:
+    several = Spread.of(batches)
+    spreads[name] = spreads[name].merge(several) if name in spreads else several
 
 
 def _check(moments: Moments, place: str, *, in_training: bool) -> None:
@@ -223,26 +291,8 @@ def _check(moments: Moments, place: str, *, in_training: bool) -> None:
         )
 
 
-def _explained(error: RuntimeError, model: nn.Module, batch: Any, index: int) -> RuntimeError:
-    """``error``, or one that names both devices where the batch is not on the model's."""
-    items = (
-        batch.values()
-        if isinstance(batch, Mapping)
-        else batch
-        if isinstance(batch, tuple | list)
-        else [batch]
-    )
-    of_batch = {str(item.device) for item in items if isinstance(item, Tensor)}
-    of_model = {str(t.device) for t in (*model.parameters(), *model.buffers())}
-    if of_batch <= of_model:
-        return error
-    return RuntimeError(
-        f"batch {index} is on {', '.join(sorted(of_batch))} and the model on {', '.join(sorted(of_model))}; "
-        f"move one of them (batches are used where they are). torch said: {error}"
-    )
-
-
-def _same_random_numbers(model: nn.Module) -> AbstractContextManager[None]:
+def same_random_numbers(model: nn.Module) -> AbstractContextManager[None]:
+    """Leave torch's random state, on the CPU and the model's devices, as it is on entering."""
     devices = {t.device for t in (*model.parameters(), *model.buffers())}
     accelerators = [d for d in devices if d.type not in ("cpu", "meta")]
     if not accelerators:
@@ -257,19 +307,3 @@ def _eagerly() -> AbstractContextManager[Any]:
     if "torch._dynamo" in sys.modules:
         return torch.compiler.set_stance("force_eager")
     return nullcontext()
-
-
-@contextmanager
-def _shown(batches: Iterable[Any], num_pass: int, progress: bool) -> Iterator[Iterable[Any]]:
-    """``batches``, with a progress bar around them if asked for."""
-    if not progress:
-        yield batches
-        return
-    try:
-        from rich.console import Console
-        from rich.progress import Progress
-    except ImportError as error:
-        raise ImportError('progress=True draws with rich: pip install "batchnorm[train]"') from error
-    with Progress(console=Console(stderr=True)) as bar:
-        total = len(batches) if isinstance(batches, Sized) else None
-        yield bar.track(batches, total=total, description=f"recalibrate, pass {num_pass}")

@@ -1,25 +1,30 @@
 """Population statistics for a trained network: Algorithm 2, line 10, and its exact form."""
 
+import math
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parameter import is_lazy
+from torch.utils.data import DataLoader, SequentialSampler
 
-from batchnorm.layers import Normalization
-from batchnorm.moments import Moments
-from batchnorm.statistics.passes import Forward, Pass, Passes
-from batchnorm.statistics.recalibration_report import RecalibrationReport, distance, layer_change
-
-METHODS = ("exact", "pooled", "paper")
+from batchnorm.statistics.choose import choose, restored, unwrapped
+from batchnorm.statistics.feeding import Forward
+from batchnorm.statistics.install import install
+from batchnorm.statistics.methods import METHODS, Found, find, standard_errors
+from batchnorm.statistics.metric import Metric, measured
+from batchnorm.statistics.passes import Pass, Passes
+from batchnorm.statistics.recalibration_report import RecalibrationReport
 
 # Above this relative difference of deviations the report explains why the paper's average is off.
 _PAPER_GAP_WORTH_A_NOTE = 0.01
+
+# From fewer batches their spread is not known well enough to stop by it.
+_FEWEST_BATCHES = 16
 
 
 def recalibrate(
@@ -31,6 +36,10 @@ def recalibrate(
     method: str = "exact",
     tolerance: float = 1e-6,
     progress: bool = False,
+    standard_error: float | None = None,
+    metric: Metric | None = None,
+    higher_is_better: bool = True,
+    keep_better: bool = False,
 ) -> RecalibrationReport:
     """Replace the running statistics of every batch normalization by those of the data, in place.
 
@@ -56,15 +65,18 @@ def recalibrate(
 
     "pooled" and "paper" need two samples a channel in every batch.
 
+    That new statistics serve better than old ones is often expected and often not so. Give a
+    ``metric`` to see it, and ``keep_better=True`` to go back to the old ones where they were better.
+
     Args:
         model: Any model with `torch.nn.BatchNorm*` or our layers (or subclasses, or
-            ``SyncBatchNorm``). Wrappers for data parallelism are looked through. Left alone, and
-            listed in the notes: frozen layers (``layer.frozen``, or one in evaluation mode inside
-            a model in training mode) and layers without running statistics.
+            ``SyncBatchNorm``). Wrappers for data parallelism and `AveragedModel` are looked
+            through. Left alone, and listed in the notes: frozen layers (``layer.frozen``, or one in
+            evaluation mode inside a model in training mode) and layers without running statistics.
         batches: Tensors; tuples or lists whose first item is the input; or dicts of keyword
             arguments. They must be on the model's device, and the same in every pass: torch's
-            random state is replayed for each of them. A one-shot iterator is kept in a list for
-            "exact".
+            random state is replayed for each of them. What a one-shot iterator gives is kept in
+            memory where more than one pass is needed.
         forward: ``forward(model, batch)`` runs the model on one batch, instead of the above.
         group: Process group of ranks that hold parts of the data, of any size
             (``torch.distributed.group.WORLD`` for all). Moments are merged by count, and every
@@ -73,6 +85,19 @@ def recalibrate(
         tolerance: Largest residual, in deviations, that counts as converged. Only data that
             change from pass to pass, or layers that feed themselves, leave one.
         progress: Draw a progress bar (needs rich, in ``batchnorm[train]``).
+        standard_error: Stop early: use only as many of the first batches as it takes for
+            ``report.standard_error`` to be this or less. It is the largest, over layers and
+            channels, of the standard errors of the mean, in deviations, and of the deviation,
+            relative to it, and comes from how much the batches differ, so that samples within one
+            (the locations of an image) may be as alike as they please. The batches themselves have
+            to be independent: shuffled. Begins with 16 batches (of each rank) and then takes
+            more, anew from the first; 0.01 takes some 10,000 independent samples. ``None``: all.
+        metric: ``metric(model)`` returns one number, an accuracy or a loss on data that were not
+            used for the statistics; it is called on the network, without wrappers and in evaluation
+            mode, before and after, with the same random numbers. With ``group`` the mean over
+            ranks counts.
+        higher_is_better: True of an accuracy; give false for a loss.
+        keep_better: Put the old statistics back where the metric is worse on the new ones.
 
     Returns:
         Old and new statistics of every layer, passes, residual and notes; ``print`` it. The
@@ -83,12 +108,14 @@ def recalibrate(
     Raises:
         ValueError: No batch normalization to recalibrate, no batches, an unknown method, values
             that are not finite, fewer than two samples a channel in the data ("pooled", "paper":
-            in a batch). The message names batch and layer.
-        TypeError: A batch of a kind that only ``forward`` could handle.
+            in a batch), a module that is lazy or on the meta device, ``keep_better`` without
+            ``metric``. The message names batch and layer.
+        TypeError: A batch that does not fit the model's ``forward``, or a metric that is no number.
         RuntimeError: Batch and model are on different devices, or another rank failed.
 
     Warns:
-        UserWarning: The statistics did not converge.
+        UserWarning: The statistics did not converge, or the data ended before ``standard_error``
+            was reached.
 
     Source: Ioffe & Szegedy (2015), Algorithm 2, line 10; Wu & Johnson (2021), section 3, call
     the pooled form "precise" statistics.
@@ -97,166 +124,99 @@ def recalibrate(
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
     if not tolerance >= 0:
         raise ValueError(f"tolerance must be zero or more deviations, got {tolerance}")
-    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        model = model.module  # the wrapper would synchronize buffers, or run copies, in every forward
-    layers, notes = _choose(model)
-    if method == "exact" and isinstance(batches, Iterator):
-        batches = list(batches)
-    passes = Passes(model, layers, batches, forward=forward, group=group, progress=progress)
-    old = {name: (layer.running_mean.clone(), layer.running_var.clone()) for name, layer in layers.items()}
-    with torch.no_grad(), _restored(model):
-        if method == "exact":
-            population, last, residual = _settle(passes, tolerance)
-            statistics = {name: (m.mean, m.unbiased()) for name, m in population.items()}
-        else:
-            last, residual = _train_through(passes, average=method == "paper"), None
-            statistics = {name: (m.mean, m.unbiased()) for name, m in last.moments.items()}
-        gaps = _paper_gaps(layers, last)
-        if method == "paper":
-            halves = {name: m.mean.chunk(2) for name, m in last.averages.items()}
-            statistics = {name: (mean, var) for name, (mean, var) in halves.items()}
-        for name in statistics:
-            _check_count(name, last.moments[name])
-    changes = []
-    for name, (mean, var) in statistics.items():
-        layer = layers[name]
-        _store(layer, mean, var)
-        if layer.num_batches_tracked is not None:  # checkpoints older than torch 0.4 have none
-            layer.num_batches_tracked.fill_(last.num_calls[name])
-        changes.append(
-            layer_change(
-                name,
-                old=old[name],
-                new=(layer.running_mean.clone(), layer.running_var.clone()),
-                eps=layer.eps,
-                count=int(last.moments[name].count),
-                num_calls=last.num_calls[name],
-                paper_gap=gaps.get(name),
-            )
-        )
-    unreached = [name for name in layers if name not in statistics]
+    if standard_error is not None and not standard_error > 0:
+        raise ValueError(f"standard_error must be above zero deviations, got {standard_error}")
+    if keep_better and metric is None:
+        raise ValueError("keep_better needs a metric to judge by: pass metric=callable(model) too")
+    network = unwrapped(model)
+    layers, notes = choose(network)
+    before = None if metric is None else measured(metric, model, group)
+    passes = Passes(
+        network,
+        layers,
+        batches,
+        forward=forward,
+        group=group,
+        progress=progress,
+        again=method == "exact" or standard_error is not None,
+    )
+    found, errors = _find_within(passes, method, tolerance, standard_error, model)
+    gaps = _paper_gaps(layers, found.last)
+    changes, outcome, kept_old = install(
+        model,
+        layers,
+        found.statistics,
+        found.last,
+        errors=errors,
+        paper_gaps=gaps,
+        metric=metric,
+        before=before,
+        higher_is_better=higher_is_better,
+        keep_better=keep_better,
+        group=group,
+    )
+    unreached = [name for name in layers if name not in found.statistics]
     notes += [f"{name!r} unchanged: no batch reached it in evaluation mode" for name in unreached]
     notes += _gap_notes(gaps)
-    converged = residual is None or residual <= tolerance
-    if not converged:
-        notes.append(
-            f"not converged: run on the stored statistics, the model gives others ({residual:.1e} deviations "
-            f"away, tolerance {tolerance:.1e}). Either the batches differ from pass to pass (give a list, or "
-            "fix what shuffles or augments them), or a layer is called several times and feeds itself"
-        )
-        warnings.warn(notes[-1], stacklevel=2)
-    return RecalibrationReport(
+    converged = found.residual is None or found.residual <= tolerance
+    report = RecalibrationReport(
         method=method,
-        layers=tuple(changes),
-        num_batches=last.num_batches,
+        layers=changes,
+        num_batches=found.last.num_batches,
         num_passes=passes.num_done,
-        residual=residual,
+        residual=found.residual,
         converged=converged,
-        notes=tuple(notes),
+        notes=(*notes, *_unshuffled(batches, found.last)),
+        metric=outcome,
+        kept_old=kept_old,
     )
-
-
-def _choose(model: nn.Module) -> tuple[dict[str, _BatchNorm], list[str]]:
-    """The layers to recalibrate, and a note on each batch normalization that is not one of them."""
-    norms = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
-    if not norms:
-        raise ValueError(
-            f"{type(model).__name__} has no batch normalization (torch.nn.BatchNorm*, or a subclass): "
-            "there are no statistics to recalibrate"
+    doubts = []
+    if not converged:
+        doubts.append(
+            f"not converged: run on the stored statistics, the model gives others ({found.residual:.1e} "
+            f"deviations away, tolerance {tolerance:.1e}). Either the batches differ from pass to pass (give "
+            "a list, or fix what shuffles or augments them), or a layer is called several times and feeds "
+            "itself"
         )
-    layers, notes = {}, []
-    for name, layer in norms.items():
-        if is_lazy(layer.running_mean):
-            raise ValueError(f"layer {name!r} is still lazy: run one batch through the model first")
-        if layer.running_mean is None or not layer.track_running_stats:
-            notes.append(f"{name!r} left alone: it keeps no running statistics and uses each batch's own")
-        elif isinstance(layer, Normalization) and layer.frozen:
-            notes.append(f"{name!r} left alone: it is frozen")
-        elif model.training and not layer.training:
-            notes.append(f"{name!r} left alone: in evaluation mode inside a model in training mode (frozen)")
-        else:
-            layers[name] = layer
-    if not layers:
-        raise ValueError("no layer to recalibrate: " + "; ".join(notes))
-    return layers, notes
-
-
-@contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """Everything in evaluation mode inside; flags and statistics as they were outside."""
-    # Flags are set one by one: `model.eval()` would run, and be at the mercy of, overridden `train`.
-    flags = [(module, module.training) for module in model.modules()]
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    saved = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
-    try:
-        for module, _ in flags:
-            module.training = False
-        yield
-    finally:
-        for buffer, value in saved:
-            buffer.copy_(value)
-        for module, flag in flags:
-            module.training = flag
-
-
-def _settle(passes: Passes, tolerance: float) -> tuple[dict[str, Moments], Pass, float]:
-    """Settle the layers in the order in which data reach them; returns statistics and last pass."""
-    layers = passes.layers
-    known: dict[str, Moments] = {}
-    while len(known) < len(layers):
-        found = passes.run([name for name in layers if name not in known], stop=True)
-        if not found.moments:
-            break  # nothing reaches the others
-        for name, moments in found.moments.items():
-            _settle_on(layers[name], moments)
-        known |= found.moments
-    last = passes.run(known)
-    residual = best = _residual(layers, known, last)
-    result = known
-    # Exact, unless a layer was called again after it had been settled. Then all the layers move on
-    # together, for as long as it helps: a change may grow before it has gone through every layer.
-    once_each = all(calls == last.num_batches for calls in last.num_calls.values())
-    patience = 0 if once_each else len(known) + 1
-    while best > tolerance and patience:
-        known = {name: last.moments.get(name, moments) for name, moments in known.items()}
-        for name, moments in known.items():
-            _settle_on(layers[name], moments)
-        last = passes.run(known)
-        residual = _residual(layers, known, last)
-        patience -= 1
-        if residual < best:
-            best, result, patience = residual, known, len(known) + 1
-    return {name: result[name] for name in layers if name in last.moments}, last, best
-
-
-def _residual(layers: dict[str, _BatchNorm], known: dict[str, Moments], last: Pass) -> float:
-    return max(distance(known[name], moments, layers[name].eps) for name, moments in last.moments.items())
-
-
-def _train_through(passes: Passes, *, average: bool) -> Pass:
-    """One pass in which every batch is normalized by itself."""
-    for layer in passes.layers.values():
-        layer.training = True
-    return passes.run(passes.layers, average=average)
-
-
-def _settle_on(layer: _BatchNorm, moments: Moments) -> None:
-    # The biased variance, for only while we are at it: one batch of all the data would be
-    # normalized by that. What is stored in the end is unbiased.
-    _store(layer, moments.mean, moments.var)
-
-
-def _store(layer: _BatchNorm, mean: Tensor, var: Tensor) -> None:
-    layer.running_mean.copy_(mean.view_as(layer.running_mean))
-    layer.running_var.copy_(var.view_as(layer.running_var))
-
-
-def _check_count(name: str, moments: Moments) -> None:
-    if moments.count < 2:
-        raise ValueError(
-            f"layer {name!r}: {int(moments.count)} sample(s) a channel in all the data; the variance of a "
-            "population needs at least two. Give more data"
+    if standard_error is not None and not _largest(errors) <= standard_error:
+        doubts.append(
+            f"the data ended before the standard error was {standard_error:g}: it is {_largest(errors):.2g} "
+            f"deviations after {found.last.num_batches} batches. Give more data, or ask for less"
         )
+    for doubt in doubts:
+        warnings.warn(doubt, stacklevel=2)
+    return replace(report, notes=(*report.notes, *doubts))
+
+
+def _find_within(
+    passes: Passes, method: str, tolerance: float, target: float | None, model: nn.Module
+) -> tuple[Found, dict[str, tuple[float, float]]]:
+    """Statistics from as few of the first batches as the target takes, and their standard errors."""
+    passes.limit = None if target is None else _FEWEST_BATCHES
+    while True:
+        with torch.no_grad(), restored(model):
+            found = find(passes, method, tolerance)
+        errors = standard_errors(passes.layers, found.last)
+        if target is None or found.last.exhausted or _largest(errors) <= target:
+            return found, errors
+        # Errors fall with the root of the number of batches, and are known only roughly so far.
+        needed = min(max((_largest(errors) / target) ** 2, 1.25), 4)
+        passes.limit = math.ceil(passes.limit * needed)
+
+
+def _largest(errors: dict[str, tuple[float, float]]) -> float:
+    return max(error for pair in errors.values() for error in pair)
+
+
+def _unshuffled(batches: Iterable[Any], last: Pass) -> list[str]:
+    if last.exhausted or not isinstance(batches, DataLoader):
+        return []
+    if not isinstance(getattr(batches, "sampler", None), SequentialSampler):
+        return []
+    return [
+        f"stopped after the first {last.num_batches} batches of a loader that does not shuffle: the standard "
+        "error holds only if the order of its data set is random"
+    ]
 
 
 def _paper_gaps(layers: dict[str, _BatchNorm], last: Pass) -> dict[str, float]:

@@ -1,11 +1,13 @@
 """What a recalibration did, layer by layer."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from batchnorm.moments import Moments
+from batchnorm.statistics.metric import MetricChange
 
 
 def distance(old: Moments, new: Moments, eps: float) -> float:
@@ -30,12 +32,18 @@ class LayerChange:
         name: The layer's path in the model.
         old_mean: Running mean before, shape of the layer's buffer.
         old_var: Running variance before, the same shape.
-        new_mean: Population mean that is now stored.
-        new_var: Unbiased population variance that is now stored.
+        new_mean: Population mean, as it is now stored (unless the report says ``kept_old``).
+        new_var: Unbiased population variance, likewise.
         count: Samples a channel that the new statistics come from, all ranks together.
         num_calls: How often the layer was called for them; stored as ``num_batches_tracked``.
         shift: Largest move of a channel's mean, in new deviations (``sqrt(var + eps)``).
         stretch: Largest factor, at least 1, by which a channel's deviation grew or shrank.
+        mean_error: Standard error of the new mean, in deviations (``sqrt(var + eps)``), largest over
+            channels: how far it may be from that of endless data. It is estimated from how much the
+            batches differ, which makes no assumption on the samples within one, but takes the
+            batches for independent (shuffled). ``None`` if there is only one. For "paper" it is that
+            of the pooled statistics.
+        std_error: Standard error of the new deviation ``sqrt(var + eps)``, relative to it; likewise.
         paper_gap: For ``method="paper"``: the largest relative difference, over channels, between
             the deviation from averaged batch variances and the one of the pooled samples.
             ``None`` for the other methods.
@@ -50,7 +58,16 @@ class LayerChange:
     num_calls: int
     shift: float
     stretch: float
+    mean_error: float | None = None
+    std_error: float | None = None
     paper_gap: float | None = None
+
+    @property
+    def standard_error(self) -> float | None:
+        """The larger of ``mean_error`` and ``std_error``."""
+        if self.mean_error is None or self.std_error is None:
+            return None
+        return max(self.mean_error, self.std_error)
 
 
 def layer_change(
@@ -61,7 +78,8 @@ def layer_change(
     eps: float,
     count: int,
     num_calls: int,
-    paper_gap: float | None,
+    errors: tuple[float, float],
+    paper_gap: float | None = None,
 ) -> LayerChange:
     """A `LayerChange` with its distances computed; ``old`` and ``new`` are (mean, unbiased variance)."""
     old_std = (old[1].double() + eps).sqrt()
@@ -78,6 +96,8 @@ def layer_change(
         num_calls=num_calls,
         shift=move.max().item(),
         stretch=torch.maximum(ratio, 1 / ratio).max().item(),
+        mean_error=errors[0] if math.isfinite(errors[0]) else None,
+        std_error=errors[1] if math.isfinite(errors[1]) else None,
         paper_gap=paper_gap,
     )
 
@@ -89,7 +109,7 @@ class RecalibrationReport:
     Attributes:
         method: "exact", "pooled" or "paper".
         layers: The layers that got new statistics, in the order of the model's modules.
-        num_batches: Batches in the data, all ranks together.
+        num_batches: Batches that were used, all ranks together.
         num_passes: How often the data was gone through. A pass of the exact method ends where the
             next unknown layer begins, so that all but the last one or two cost about half.
         residual: For the exact method, how far the statistics that the model produces when it
@@ -97,6 +117,9 @@ class RecalibrationReport:
             channels; 0.0 is exact to the last bit. ``None`` for the other methods.
         converged: Whether ``residual`` is within the tolerance; true for the other methods.
         notes: What was left alone and why, and what to know about the result.
+        metric: The metric with the old statistics and with the new ones, if one was given.
+        kept_old: The new statistics were worse by the metric, and the old ones are in place:
+            nothing of the model was changed.
     """
 
     method: str
@@ -106,16 +129,26 @@ class RecalibrationReport:
     residual: float | None
     converged: bool
     notes: tuple[str, ...] = ()
+    metric: MetricChange | None = None
+    kept_old: bool = False
+
+    @property
+    def standard_error(self) -> float | None:
+        """The largest of all layers, in deviations; ``None`` where one batch alone tells nothing of it."""
+        errors = [layer.standard_error for layer in self.layers]
+        known = [error for error in errors if error is not None]
+        return max(known) if known and len(known) == len(errors) else None
 
     def __str__(self) -> str:
         paper = self.method == "paper"
-        header = ["layer", "channels", "samples/channel", "mean moved (std)", "std changed (×)"]
+        header = ["layer", "channels", "samples/channel", "mean moved (std)", "std changed (×)", "std. error"]
         if paper:
             header.append("paper's std off by")
         rows = [header]
         for layer in self.layers:
             cells = [layer.name or "(model)", str(layer.new_mean.numel()), str(layer.count)]
             cells += [f"{layer.shift:.3g}", f"{layer.stretch:.3g}"]
+            cells.append("?" if layer.standard_error is None else f"{layer.standard_error:.2g}")
             if layer.paper_gap is not None:
                 cells.append(f"{layer.paper_gap:.2%}")
             rows.append(cells)
@@ -127,13 +160,19 @@ class RecalibrationReport:
             for row in rows
         ]
         lines.insert(1, "  ".join("-" * w for w in widths))
-        title = (
-            f"recalibrated {len(self.layers)} layer{'s' * (len(self.layers) != 1)}, method {self.method!r}: "
-            f"{self.num_batches} batch{'es' * (self.num_batches != 1)}, "
-            f"{self.num_passes} pass{'es' * (self.num_passes != 1)}"
-        )
+        done = "measured" if self.kept_old else "recalibrated"
+        title = f"{done} {_counted(len(self.layers), 'layer')}, method {self.method!r}: "
+        title += f"{_counted(self.num_batches, 'batch', 'es')}, {_counted(self.num_passes, 'pass', 'es')}"
         if self.residual is not None:
             title += f", residual {self.residual:.1e} deviations"
         if not self.converged:
             title += " — NOT CONVERGED"
+        if self.metric is not None:
+            lines.append(str(self.metric))
+        if self.kept_old:
+            lines.append("the old statistics are kept: nothing was changed")
         return "\n".join([title, *lines, *(f"note: {note}" for note in self.notes)])
+
+
+def _counted(num: int, what: str, plural: str = "s") -> str:
+    return f"{num} {what}{plural * (num != 1)}"

@@ -1,10 +1,10 @@
 """Batch normalization, sum and activation as one layer, in a model that computes the same as before."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn, optim
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.kernels import keep_freed_memory
@@ -14,67 +14,33 @@ from batchnorm.surgery.fusible import Evaluation, Finding, Fusion, fusions_of
 from batchnorm.surgery.fusing import fuse_all
 from batchnorm.surgery.layout import Layout, choose
 from batchnorm.surgery.models import as_args, check_example, check_model, copied
-from batchnorm.surgery.outcome import Change, Note, Refusal, SurgeryReport, table
+from batchnorm.surgery.outcome import Change, Note, Refusal
 from batchnorm.surgery.pieces import traces
 from batchnorm.surgery.saving import bytes_for_backward, forget_outputs
+from batchnorm.surgery.twin import TwinReport, check_agreement, parameters_by_original
 
 _TORCHS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 @dataclass(frozen=True)
-class AccelerateReport(SurgeryReport):
+class AccelerateReport(TwinReport):
     """What was swapped and fused, and how closely the two models agree.
 
     Attributes:
-        agreement: For each mode the largest differences on the example.
         layout: The memory format that was chosen, and why.
         keeps_memory: Whether this process keeps the memory of freed tensors for new ones.
         bytes_before: Held for backward by the original on the example, in training; parameters,
             buffers and the example not counted. ``None`` without ``save_memory`` or example.
         bytes_after: Likewise by the new model.
-        parameters: The new model's parameters by the original's.
     """
 
-    agreement: tuple[Agreement, ...] = ()
     layout: Layout | None = None
     keeps_memory: bool = False
     bytes_before: int | None = None
     bytes_after: int | None = None
-    parameters: Mapping[Tensor, Tensor] = field(default_factory=dict, repr=False, compare=False)
-
-    def repoint(self, optimizer: optim.Optimizer) -> None:
-        """Let an optimizer of the original train the new model: groups, options and state stay.
-
-        Args:
-            optimizer: Changed in place; parameters of other models in it stay as they are.
-
-        Raises:
-            ValueError: None of its parameters is one of the original model.
-        """
-        if not any(p in self.parameters for group in optimizer.param_groups for p in group["params"]):
-            raise ValueError(
-                "none of the optimizer's parameters belongs to the model that was given to accelerate; "
-                "give the optimizer that was made for it, before it is used for another"
-            )
-        for group in optimizer.param_groups:
-            group["params"] = [self.parameters.get(p, p) for p in group["params"]]
-        state = {self.parameters.get(p, p): value for p, value in optimizer.state.items()}
-        optimizer.state.clear()
-        optimizer.state.update(state)
 
     def __str__(self) -> str:
-        head = ("mode", "outputs", "input gradients", "parameter gradients", "statistics", "allowed")
-        rows = [
-            (
-                a.mode,
-                *(
-                    f"{v:.1e}"
-                    for v in (a.outputs, a.input_gradients, a.parameter_gradients, a.statistics, a.allowed)
-                ),
-            )
-            for a in self.agreement
-        ]
-        parts = [super().__str__(), table("before and after, relative differences", rows, head)]
+        parts = [super().__str__()]
         if self.layout is not None:
             parts.append(_layout_line(self.layout))
         if self.keeps_memory:
@@ -167,7 +133,8 @@ def accelerate(
     if args is not None:
         agreement, not_compared = compare(model, new, args)
         notes += [Note("", remark) for remark in not_compared]
-        _check(agreement)
+        advice = "accelerate it without an example, which fuses nothing, and please report the model"
+        check_agreement(agreement, "accelerated", advice)
     layout = choose(new, args, channels_last)
     counted: dict[str, int] = {}
     if save_memory and args is not None:
@@ -183,7 +150,7 @@ def accelerate(
         agreement=tuple(agreement),
         layout=layout,
         keeps_memory=not unkept,
-        parameters=dict(zip(model.parameters(), new.parameters(), strict=True)),
+        parameters=parameters_by_original(model, new),
         **counted,
     )
 
@@ -226,18 +193,6 @@ def _change(norm: nn.Module, findings: list[Finding]) -> str:
     parts = [] if ours else [f"now batchnorm.{type(norm).__name__}"]
     parts += dict.fromkeys(str(f) for f in findings if isinstance(f, Fusion))
     return "; ".join(parts)
-
-
-def _check(agreement: list[Agreement]) -> None:
-    for a in agreement:
-        if not a.largest <= a.allowed:
-            raise RuntimeError(
-                f"in {a.mode} the accelerated model differs from the original by {a.largest:.1e} (outputs "
-                f"{a.outputs:.1e}, gradients of inputs {a.input_gradients:.1e} and of parameters "
-                f"{a.parameter_gradients:.1e}, statistics {a.statistics:.1e}) where rounding explains "
-                f"{a.allowed:.1e}, so something in its forward was not understood; accelerate it without an "
-                f"example, which swaps layers and fuses nothing, and please report the model"
-            )
 
 
 def _layout_line(layout: Layout) -> str:

@@ -69,8 +69,10 @@ def compare(before: nn.Module, after: nn.Module, args: Sequence[Any]) -> tuple[l
             )
             continue
         got = _run(new, wide_args)
-        # Buffers that only a rewritten forward has are constants of its graph.
-        got[3] = {name: buffer for name, buffer in got[3].items() if name in expected[3]}
+        # Buffers that only a rewritten forward has are constants of its graph; and what was a buffer,
+        # of a layer that learns nothing, may be a parameter now.
+        held = {**dict(new.named_parameters()), **got[3]}
+        got[3] = {name: tensor for name, tensor in held.items() if name in expected[3]}
         outputs, inputs, parameters, statistics = map(_gap, expected, got)
         found.append(Agreement(mode, outputs, inputs, parameters, statistics, allowed(old)))
     return found, remarks

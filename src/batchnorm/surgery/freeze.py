@@ -3,7 +3,8 @@
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.layers import Normalization, adopt
+from batchnorm.layers import Normalization
+from batchnorm.layers.adopt import OURS, borrow, release
 from batchnorm.surgery import patterns
 from batchnorm.surgery.outcome import Change, Refusal, SurgeryReport
 
@@ -78,22 +79,16 @@ def _check(model: nn.Module, task: str) -> None:
 def _obstacle(layer: nn.Module) -> str:
     if layer.running_mean is None or layer.running_var is None:
         return "it keeps no running statistics to be frozen at"
-    if not isinstance(layer, Normalization) and type(layer) not in (
-        nn.BatchNorm1d,
-        nn.BatchNorm2d,
-        nn.BatchNorm3d,
-    ):
+    if not isinstance(layer, Normalization) and type(layer) not in OURS:
         return f"{type(layer).__name__} is neither torch's BatchNorm nor ours; replace it first"
     return ""
 
 
 def _freeze_layer(layer: nn.Module, affine: bool) -> str:
-    learned = {name: p.requires_grad for name, p in layer.named_parameters(recurse=False)}
-    memory = (type(layer), {name: buffer.dtype for name, buffer in layer.named_buffers()}, learned)
-    ours = adopt(layer)
+    ours = borrow(layer, "freeze")
     # A second freeze must not take what the first one left for the original.
     if not ours.frozen or _BEFORE not in ours.__dict__:
-        ours.__dict__[_BEFORE] = memory
+        ours.__dict__[_BEFORE] = {name: p.requires_grad for name, p in ours.named_parameters(recurse=False)}
     ours.frozen = True
     stopped = [name for name, p in ours.named_parameters(recurse=False) if affine and p.requires_grad]
     for name in stopped:
@@ -103,15 +98,7 @@ def _freeze_layer(layer: nn.Module, affine: bool) -> str:
 
 def _thaw_layer(layer: Normalization) -> str:
     layer.frozen = False
-    if _BEFORE not in layer.__dict__:
-        return "thawed"
-    was, dtypes, learned = layer.__dict__.pop(_BEFORE)
-    for name, requires_grad in learned.items():
+    for name, requires_grad in layer.__dict__.pop(_BEFORE, {}).items():
         getattr(layer, name).requires_grad_(requires_grad)
-    if not issubclass(was, Normalization):
-        for name in ("activation", "channel_dim", "frozen"):
-            del layer.__dict__[name]
-        layer.__class__ = was
-        for name, dtype in dtypes.items():
-            layer._buffers[name] = layer._buffers[name].to(dtype)
+    release(layer, "freeze")
     return "thawed"

@@ -69,6 +69,11 @@ def kind_of_module(module: nn.Module, own: tuple[type, ...] = ()) -> str | None:
     return next((_BY_CLASS[cls] for cls in type(module).__mro__ if cls in _BY_CLASS), None)
 
 
+def module_of(name: str) -> nn.Module:
+    """A module of torch's that computes the nonlinearity of a name, with torch's default settings."""
+    return _CLASSES[name]()
+
+
 def is_nonlinear_module(module: nn.Module) -> bool:
     """Whether a module is one of torch's nonlinearities, or a subclass of one."""
     return isinstance(module, tuple(_BY_CLASS))

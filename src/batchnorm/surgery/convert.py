@@ -1,0 +1,134 @@
+"""One kind of normalization layer put for another, in a model that computes the same."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.layers import Normalization
+from batchnorm.surgery import patterns
+from batchnorm.surgery.agreement import Agreement, compare
+from batchnorm.surgery.kinds import Calls, is_normalization, kind_named
+from batchnorm.surgery.models import as_args, check_example, check_model, copied, outputs
+from batchnorm.surgery.outcome import Change, Note, Refusal
+from batchnorm.surgery.splitting import rejoin, split, split_obstacle
+from batchnorm.surgery.twin import TwinReport, check_agreement, parameters_by_original
+
+
+def convert(
+    model: nn.Module,
+    to: str,
+    example: Tensor | tuple[Any, ...] | None = None,
+    *,
+    only: patterns.Patterns = None,
+    except_: patterns.Patterns = None,
+) -> tuple[nn.Module, TwinReport]:
+    """Change the kind of a model's normalization layers, and nothing that it computes.
+
+    A layer changes its class in a copy of the model: parameters, statistics, hooks, flags, names and
+    every other reference to it, as of layers that share it, stay. What cannot become the other kind
+    without losing something it does is left as it is, with the reason.
+
+    Args:
+        model: Not changed; in either mode, which stays.
+        to: "plain" for the layers of this package, also from ``SyncBatchNorm`` (the example shows
+            of which dimension) and torchvision's ``FrozenBatchNorm2d`` (frozen); "torch" for those of
+            `torch.nn`. An activation that a layer carries becomes a child of its own, in the plain
+            ``nn.Sequential`` that holds the layer, and is carried again on the way back.
+        example: An input tensor, or a tuple of positional arguments, on the model's device. With one,
+            outputs, gradients and statistics of both models are compared on it in both modes.
+        only: Glob patterns; only layers whose path matches one are converted.
+        except_: Glob patterns; layers whose path matches one are not.
+
+    Returns:
+        The new model and the report: every change, everything left alone with its reason, the
+        comparison, and `TwinReport.repoint` for an optimizer to go on with the new model.
+
+    Raises:
+        TypeError: ``model`` or ``example`` has the wrong type.
+        ValueError: No such kind; no batch normalization; a pattern matches none; the model is lazy,
+            scripted or wrapped, cannot be copied, or fails on the example.
+        RuntimeError: The result would compute something else than the model; nothing is returned.
+    """
+    kind = kind_named(to)
+    check_model(model, "convert")
+    args = None if example is None else as_args(example)
+    layers = {path: m for path, m in model.named_modules() if is_normalization(m)}
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no batch normalization to convert")
+    only, except_ = patterns.as_list(only), patterns.as_list(except_)
+    patterns.check([*only, *except_], layers, "batch normalization")
+    if args is not None:
+        check_example(model, args)
+    calls = {} if args is None else _calls(model, args, layers)
+
+    new = copied(model)
+    changes: list[Change] = []
+    refusals: list[Refusal] = []
+    for path in layers:
+        layer, called = new.get_submodule(path), calls.get(path, Calls())
+        reason = patterns.excluded({path}, only, except_)
+        if not reason and kind.is_one(layer):
+            continue
+        reason = reason or kind.obstacle(layer, called)
+        splits = isinstance(layer, Normalization) and bool(layer.activation) and not kind.carries_activations
+        if not reason and splits:
+            reason = split_obstacle(new, layer)
+        if reason:
+            refusals.append(Refusal(path, reason))
+            continue
+        remark = split(new, layer) if splits else ""
+        what = kind.become(layer, called)
+        if kind.carries_activations:
+            remark = rejoin(new, layer)
+        changes.append(Change(path, what + remark))
+    return new, _report(model, new, args, changes, refusals)
+
+
+def _report(
+    model: nn.Module,
+    new: nn.Module,
+    args: tuple[Any, ...] | None,
+    changes: list[Change],
+    refusals: list[Refusal],
+) -> TwinReport:
+    agreement: list[Agreement] = []
+    notes: list[Note] = []
+    if args is not None and changes:
+        agreement, remarks = compare(model, new, args)
+        notes = [Note("", remark) for remark in remarks]
+        check_agreement(agreement, "converted", "except it with except_=, and please report the model")
+    elif changes:
+        notes = [Note("", "not compared with the original: no example was given")]
+    return TwinReport(
+        tuple(changes),
+        tuple(refusals),
+        tuple(notes),
+        max((a.outputs for a in agreement), default=None),
+        agreement=tuple(agreement),
+        parameters=parameters_by_original(model, new),
+    )
+
+
+def _calls(model: nn.Module, args: Sequence[Any], layers: dict[str, nn.Module]) -> dict[str, Calls]:
+    """How the example calls each layer, in both modes."""
+    seen: dict[str, Calls] = {}
+    for training in (False, True):
+        watched = copied(model).train(training)
+        for path in layers:
+
+            def hook(_: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
+                before = seen.get(path, Calls())
+                given = [v for v in (*args, *kwargs.values()) if v is not None]
+                dims = before.dims | {given[0].dim()}
+                seen[path] = Calls(dims, before.has_extras or len(given) > 1)
+
+            watched.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            with torch.no_grad():
+                outputs(watched, args)
+        except Exception:  # in training the user's forward may want something else, or another device
+            if not training:
+                raise
+    return seen
