@@ -4,10 +4,13 @@ import sys
 
 import tyro
 from rich.console import Console
-from rich.table import Table
 
+from batchnorm.cli.tables import shown
 from batchnorm.reproduce.invariance import Invariance, run_experiment
 from batchnorm.reproduce.invariance.page import exact_table, training_table
+
+LEFT_OUT = ("‖W‖ · ‖gradient‖",)
+"""Columns for which a terminal has no room; they are on the page."""
 
 
 def run(argv: list[str]) -> None:
@@ -16,10 +19,7 @@ def run(argv: list[str]) -> None:
     summary = run_experiment(experiment)
     console = Console()
     for found in (exact_table(summary), training_table(summary)):
-        table = Table(*found.columns, title=f"{experiment.data}: {found.title}", caption=found.caption)
-        for row in found.rows:
-            table.add_row(*map(str, row))
-        console.print(table)
+        console.print(shown(found, f"{experiment.data}: {found.title}", left_out=LEFT_OUT))
     sys.stdout.write(
         f"With eps = {experiment.eps:g} the deviation is as calculated from eps/(a²σ²), to "
         f"{summary['agreement']:.1e} of it.\nReport: {experiment.out / 'report.html'}\n"

@@ -4,10 +4,13 @@ import sys
 
 import tyro
 from rich.console import Console
-from rich.table import Table
 
+from batchnorm.cli.tables import shown
 from batchnorm.reproduce.jacobian import Jacobian, run_experiment
 from batchnorm.reproduce.jacobian.page import gradient_table, spectrum_table
+
+LEFT_OUT = ("loss", "zero", "condition", "first / last, in W")
+"""Columns for which a terminal has no room; they are on the page."""
 
 
 def run(argv: list[str]) -> None:
@@ -17,8 +20,5 @@ def run(argv: list[str]) -> None:
     console = Console()
     for activation in experiment.activations:
         for found in (spectrum_table(summary, "paper", activation), gradient_table(summary, activation)):
-            table = Table(*found.columns, title=f"{experiment.data}: {found.title}", caption=found.caption)
-            for row in found.rows:
-                table.add_row(*map(str, row))
-            console.print(table)
+            console.print(shown(found, f"{experiment.data}: {found.title}", left_out=LEFT_OUT))
     sys.stdout.write(f"Report: {experiment.out / 'report.html'}\n")
