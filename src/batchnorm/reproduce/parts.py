@@ -63,9 +63,10 @@ def do_parts(
     """
     (out / "jobs").mkdir(parents=True, exist_ok=True)
     claim_folder(out, settings)
-    # Once here, so that a download or its error comes before any process is started.
-    load(source, data_dir)
     missing = [name for name in parts if _read(path_of(out, name)) is None]
+    if missing:
+        # Once here, so that a download or its error comes before any process is started.
+        load(source, data_dir)
     if done := len(parts) - len(missing):
         print(f"{done} of {len(parts)} parts are already done in {out}", file=sys.stderr)
     start = time.perf_counter()
