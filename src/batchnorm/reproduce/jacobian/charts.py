@@ -49,12 +49,12 @@ def depth_chart(summary: Mapping[str, Any], activation: str) -> CurveChart:
             name = f"{NAMES[kind]}, step {point['step']:,}"
             layers = np.arange(2, len(values) + 2)
             curves.append(Curve(name, layers, values, shades[min(index, 2)], kind == "plain"))
+    settings = summary["experiment"]
     return CurveChart(
-        f"{activation}: root mean square of layers' singular values",
+        f"{activation}, {settings['depth']} layers, deviation {settings['headline_std']:g}: singular values",
         "hidden layer",
-        "root mean square",
+        "root mean square of singular values",
         curves,
-        log_y=True,
         reference=("1", 1.0),
     )
 
@@ -62,13 +62,15 @@ def depth_chart(summary: Mapping[str, Any], activation: str) -> CurveChart:
 def gradient_chart(summary: Mapping[str, Any], activation: str) -> CurveChart:
     """The deep network: gradients by layer, with BN at each point, without it at the start."""
     curves = []
+    depth, std = summary["experiment"]["depth"], summary["experiment"]["headline_std"]
     last_of_bn = 1.0
     for index, point in enumerate(headline(summary, "deep", activation, "bn")["points"]):
         values = _positive(point["gradient"])
         layers = np.arange(1, len(values) + 1)
-        curves.append(Curve(f"with BN, step {point['step']:,}", layers, values, BN_SHADES[min(index, 2)]))
+        name = f"with BN, from {std:g}, step {point['step']:,}"
+        curves.append(Curve(name, layers, values, BN_SHADES[min(index, 2)]))
         last_of_bn = values[-1] if index == 0 else last_of_bn
-    layers = np.arange(1, summary["experiment"]["depth"] + 1)
+    layers = np.arange(1, depth + 1)
     growth = summary["growth_at_start"][activation]
     calculated = last_of_bn * growth ** (len(layers) - layers)
     curves.append(Curve(f"calculated: {growth:.3f} a layer", layers, calculated, "#1d2126", True))
@@ -76,8 +78,8 @@ def gradient_chart(summary: Mapping[str, Any], activation: str) -> CurveChart:
         name = f"without BN, from {network['init_std']:g}, step 0"
         values = _positive(network["points"][0]["gradient"])
         curves.append(Curve(name, layers, values, PLAIN_SHADES[min(index, 2)], True))
-    title = f"{activation}: gradient of the loss in each layer's x̂"
-    return CurveChart(title, "hidden layer", "norm", curves, log_y=True)
+    title = f"{activation}, {depth} layers: gradient of the loss in each layer's x̂"
+    return CurveChart(title, "hidden layer", "norm of the gradient", curves, log_y=True)
 
 
 def _positive(values: Any) -> np.ndarray:
