@@ -237,8 +237,9 @@ def test_chromium_shows_the_page_without_error_or_request(browser, parts, tmp_pa
         "return [...document.querySelectorAll('.plot')].map("
         "  p => p.querySelectorAll('.scatterlayer .trace').length)"
     )
-    # Six curves of dtypes; seven of each of four layers; two deviations of two kinds, with band edges.
-    assert shown == [6, 7, 7, 7, 7, 12, 12, 12]
+    # Six curves of dtypes; four layers and the calculation, for each equation; two deviations of two kinds,
+    # with band edges.
+    assert shown == [6, 5, 5, 5, 12, 12, 12]
     assert browser.get_log("browser") == []
     assert requests_of(browser) == [page.as_uri()]
     assert np.isfinite(summarize(experiment, found)["agreement"])

@@ -18,8 +18,9 @@ Algorithm 1, which differentiates through the statistics, is the cure.
 
 Data: {data}, binary images, batches of {batch_size}. Networks: three hidden layers of 100, Gaussian
 weights of deviation {init_std:g}, biases 0, plain SGD, {steps:,} steps, {seeds} seeds, rates {rates_text}.
-Every layer is W u + b, then the normalization, then the nonlinearity, and the statistics are those of the
-batch at hand. Networks of a seed start from the same weights and see the same batches.
+Every layer is W u + b, then the normalization, then the nonlinearity; the statistics are those of the batch
+at hand, except where moving averages are named. Networks of a seed start from the same weights and see the
+same batches.
 """
 
 ALONE = """\
@@ -32,7 +33,9 @@ moves, neither does the gradient: b must lie on a straight line, −rate · step
 NETWORKS = """\
 All parameters learn. “Outside”: the gradient takes the statistics for constants. “Mean inside” tells apart
 what the missing gradient does from what a rate does that is too high for a network that is only centred.
-The loss is that of training batches; {chance:.2f} is that of knowing nothing.
+The loss is that of training batches; {chance:.2f} is that of knowing nothing. Plots show the rate {rate:g}:
+the median of the seeds and their range. A curve ends where numbers are no longer finite, or pass 10⁶; norms
+below 10⁻⁸ are drawn there.
 """
 
 SHADES = {
@@ -63,7 +66,7 @@ def write_report(summary: Mapping[str, Any], out: Path, environment: Mapping[str
             tables=[alone_table(summary)],
         ),
     ]
-    text = NETWORKS.format(chance=CHANCE_LOSS)
+    text = NETWORKS.format(chance=CHANCE_LOSS, rate=settings["headline_rate"])
     for activation in settings["activations"]:
         charts = {quantity: network_chart(summary, activation, quantity) for quantity in ("bias", "loss")}
         for quantity, chart in charts.items():
@@ -129,8 +132,8 @@ def claims(summary: Mapping[str, Any]) -> list[Claim]:
             "With scaling too, the model blows up.",
             "seen in initial experiments; no figures",
             f"{ends('both-outside')} of {num} networks end above the loss of knowing nothing, "
-            f"{lost('both-outside')} of them not finite; with Algorithm 1 {ends('algorithm-1')}. Growth of "
-            f"parameters slows down: ‖b‖ ∝ steps^{_exponents(summary, 'both-outside')}",
+            f"{lost('both-outside')} of them not finite; with Algorithm 1 {ends('algorithm-1')} of {num}. "
+            f"Growth of parameters slows down: ‖b‖ ∝ steps^{_exponents(summary, 'both-outside')}",
             "holds" if separated and lost("both-outside") else "partly" if separated else "misses",
             f"{condition}; partly: they fail to train where Algorithm 1 trains, but no number overflows",
         ),
@@ -152,8 +155,10 @@ def claims(summary: Mapping[str, Any]) -> list[Claim]:
         Claim(
             "Algorithm 1 trains at the same rates.",
             "the cure",
-            f"{num - ends('algorithm-1')} of {num} end below the loss of knowing nothing; the others: "
-            + ", ".join(f"{KINDS[kind].about} {num - ends(kind)}" for kind in KINDS if kind != "algorithm-1"),
+            f"{num - ends('algorithm-1')} of {num} end below the loss of knowing nothing. The others: "
+            + "; ".join(
+                f"{KINDS[kind].about}: {num - ends(kind)}" for kind in KINDS if kind != "algorithm-1"
+            ),
             "holds" if cured else "partly",
             condition,
         ),
@@ -277,7 +282,8 @@ def growth_table(summary: Mapping[str, Any], activation: str) -> Table:
         for network in summary["networks"][f"{activation}/{kind}"]:
             bias = max(float("inf") if value is None else value for value in network["largest_bias"])
             growth = max(float("inf") if value is None else value for value in network["growth"])
-            cells.append(f"{_short(bias)}; × {_short(growth)}")
+            # No line ends between the sign and its number.
+            cells.append(f"{_short(bias)}; ×\u00a0{_short(growth)}")
         rows.append((about.about, *cells))
     columns = ("normalized by", *(f"rate {rate:g}" for rate in summary["experiment"]["rates"]))
     caption = (
@@ -288,4 +294,12 @@ def growth_table(summary: Mapping[str, Any], activation: str) -> Table:
 
 
 def _short(value: float) -> str:
-    return "∞" if np.isinf(value) else f"{value:.1e}" if value >= 1e4 or value < 1e-2 else f"{value:.3g}"
+    if np.isinf(value):
+        return "∞"
+    return (
+        f"{value:.1e}"
+        if value >= 1e4 or value < 1e-2
+        else f"{value:,.0f}"
+        if value >= 100
+        else f"{value:.3g}"
+    )
