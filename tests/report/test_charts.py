@@ -76,9 +76,18 @@ def test_pictures_hold_ink_in_their_colours_and_no_pyplot_is_loaded(tmp_path, on
 
 def test_plotly_axes_say_what_was_asked():
     layout = plot(chart(log_x=True, y_range=(0, 1), reference=("paper", 0.5)))["layout"]
-    assert layout["xaxis"] == {"title": {"text": "steps"}, "type": "log"}
+    wanted = {"title": {"text": "steps"}, "type": "log", "exponentformat": "power", "dtick": 1}
+    assert layout["xaxis"] == wanted
     assert layout["yaxis"]["range"] == [0, 1]
     assert layout["shapes"][0]["y0"] == layout["shapes"][0]["y1"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("values", "tick"), [([3, 40], "D2"), ([3, 4e4], 1), ([3, 4e9], None), ([np.nan] * 2, "D2")]
+)
+def test_logarithmic_axes_are_labelled_as_far_as_there_is_room(values, tick):
+    axis = plot(CurveChart("", "x", "y", [Curve("a", [1, 2], values)], log_y=True))["layout"]["yaxis"]
+    assert axis.get("dtick") == tick
 
 
 def test_one_run_has_no_band():

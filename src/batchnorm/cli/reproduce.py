@@ -4,6 +4,18 @@ import argparse
 import importlib
 
 CLAIMS = {
+    "divergence": (
+        "batchnorm.cli.claims.divergence",
+        "section 2: a normalization that the gradient does not see, and where it leads",
+    ),
+    "invariance": (
+        "batchnorm.cli.claims.invariance",
+        "section 3.3: the scale of the weights moves neither output nor gradients, and steadies the rate",
+    ),
+    "jacobian": (
+        "batchnorm.cli.claims.jacobian",
+        "section 3.3: singular values of layers' Jacobians, and gradients through depth",
+    ),
     "activations": (
         "batchnorm.cli.claims.activations",
         "section 4.1, figure 1: accuracy and activations over training, with and without BN",
@@ -31,6 +43,7 @@ examples:
   batchnorm reproduce activations --steps 5000 --seeds 2
   batchnorm reproduce activations --data mnist --out results/activations
   batchnorm reproduce speedup --time 0.05 --seeds 1
+  batchnorm reproduce divergence --data mnist --seeds 1 --steps 300
   batchnorm reproduce activations --help
 """
 

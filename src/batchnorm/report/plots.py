@@ -1,6 +1,7 @@
 """Charts as plotly figures, in plain dictionaries."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,8 +36,9 @@ def _curves(chart: CurveChart) -> dict[str, Any]:
         dash = "dash" if curve.dashed else "solid"
         line = {"color": colour(curve.colour), "width": 2, "dash": dash}
         data.append({**same, "y": middle, "name": curve.name, "line": line})
-    x_axis: dict[str, Any] = {"title": {"text": chart.x_label}, "type": "log" if chart.log_x else "linear"}
-    y_axis: dict[str, Any] = {"title": {"text": chart.y_label}, "type": "log" if chart.log_y else "linear"}
+    x_axis = _axis(chart.x_label, chart.log_x, [curve.x for curve in chart.curves])
+    heights = [curve.runs for curve in chart.curves] if chart.y_range is None else [chart.y_range]
+    y_axis = _axis(chart.y_label, chart.log_y, heights)
     if chart.y_range is not None:
         # plotly wants the ends of a logarithmic axis as powers of ten.
         y_axis["range"] = [math.log10(end) if chart.log_y else end for end in chart.y_range]
@@ -44,10 +46,24 @@ def _curves(chart: CurveChart) -> dict[str, Any]:
     if chart.reference is not None:
         name, height = chart.reference
         line = {"color": colour("fifth"), "dash": "dot", "width": 1.5}
-        label = {"text": name, "textposition": "start", "font": {"color": colour("fifth")}}
+        # At the end: where trainings start, their curves are a crowd.
+        label = {"text": name, "textposition": "end", "font": {"color": colour("fifth")}}
         across = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": height, "y1": height}
         layout["shapes"] = [{**across, "line": line, "label": label}]
     return {"data": data, "layout": layout}
+
+
+def _axis(label: str, logarithmic: bool, values: Sequence[Any]) -> dict[str, Any]:
+    axis: dict[str, Any] = {"title": {"text": label}, "type": "log" if logarithmic else "linear"}
+    if logarithmic:
+        # plotly would write 1µ for a millionth, of whatever unit, and crowd the digits between two powers.
+        axis["exponentformat"] = "power"
+        every = np.concatenate([np.asarray(one, dtype=np.float64).ravel() for one in values])
+        there = np.log10(every[np.isfinite(every)])
+        decades = np.ptp(there) if there.size else 0.0
+        if decades < 6:
+            axis["dtick"] = "D2" if decades < 2 else 1
+    return axis
 
 
 def _percentiles(chart: PercentileChart) -> dict[str, Any]:
