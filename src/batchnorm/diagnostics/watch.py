@@ -81,8 +81,8 @@ def watch(
             floating-point tensor.
         ImportError: ``tensorboard`` is a folder and TensorBoard is not installed.
 
-    At the defaults it added less than 4 % to the processor's time of training steps of a millisecond
-    and more: ``batchnorm bench watch``, ``benchmarks/results/watch-*.json``.
+    At the defaults it added 3 to 4.5 % to the processor's time of training steps of a millisecond, and
+    less to longer ones: ``batchnorm bench watch``, ``benchmarks/results/watch-*.json``.
     """
     if every < 1 or max_samples < 2:
         raise ValueError(
