@@ -1,4 +1,4 @@
-"""Training with synchronized layers, on three ranks of which one may have nothing; see `test_synced_training`."""
+"""Training with synchronized layers on three ranks, one of them empty; see `test_synced_training`."""
 
 import copy
 
