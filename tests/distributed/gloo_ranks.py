@@ -21,7 +21,7 @@ Answers = dict[tuple[str, int], object]
 """What every case returned on every rank, by (case, rank); a traceback, as text, where it raised."""
 
 
-def run(module: str, num_ranks: int, limit_s: float = 300) -> Answers:
+def run(module: str, num_ranks: int, limit_s: float = 900) -> Answers:
     """Run all cases in ``module.CASES`` one after the other, in the same processes.
 
     What has not come when the time is up is missing, and the processes are killed.
@@ -69,6 +69,8 @@ def _on_rank(rank: int, num_ranks: int, port: int, answers: mp.Queue, module: st
     warnings.filterwarnings(
         "ignore", ".*is deprecated and slated for removal in Python 3.14", DeprecationWarning
     )
+    # Its new name is not known to older versions.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=num_ranks)
     store = dist.group.WORLD.get_group_store()
     for name, case in importlib.import_module(module).CASES.items():
@@ -127,14 +129,12 @@ def gathered(part: torch.Tensor, sizes: list[int]) -> torch.Tensor:
 
 
 def collectives(task: Callable[[], object]) -> list[tuple[str, int]]:
-    """Name and number of elements of every collective that a task runs, in order."""
+    """Name of every collective that a task runs, and how many numbers this rank gives, in order."""
     with torch.profiler.profile(record_shapes=True) as seen:
         task()
-    found = []
-    for event in sorted(seen.events(), key=lambda e: e.time_range.start):
-        if event.name.startswith("c10d::"):
-            # The largest of what it is given: an output of all_gather is all ranks' inputs together.
-            flat = [shape for shape in event.input_shapes if shape]
-            sizes = [torch.Size(s).numel() for s in flat if all(isinstance(n, int) for n in s)]
-            found.append((event.name, max(sizes, default=0)))
-    return found
+    events = sorted(seen.events(), key=lambda event: event.time_range.start)
+    return [
+        (event.name.removeprefix("gloo:"), torch.Size(event.input_shapes[0]).numel())
+        for event in events
+        if event.name.startswith("gloo:")
+    ]

@@ -155,7 +155,7 @@ class Normalization(_BatchNorm):
             return y
         y, moments = self._by_batch(x, weight, bias, **options)
         recompute.offer(y, x, [moments.mean, moments.var, weight, bias], **options)
-        if moves and (pending is None or not pending.take(moments)):
+        if moves and (pending is None or not pending.take(moments, is_silent=not x.numel())):
             commit(mean, var, self.num_batches_tracked, moments, self.momentum)
         return y
 
