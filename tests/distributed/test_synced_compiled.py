@@ -26,6 +26,10 @@ def test_evaluation_compiles_without_collectives(found):
     gloo_ranks.assert_passed(found, 2, "evaluated")
 
 
+def test_sums_over_ranks_keep_their_contract(one_rank):
+    opcheck(torch.ops.batchnorm.sum_over_ranks.default, (torch.randn(3, requires_grad=True), "", "here"))
+
+
 @pytest.fixture
 def one_rank():
     with socket.socket() as probe:

@@ -87,16 +87,3 @@ def all_sum(packed: Tensor, group_name: str, call: Call) -> Tensor:
     group = group_named(group_name)
     run(call, group_name, lambda: dist.all_reduce(packed, group=group, async_op=True))
     return packed
-
-
-class AllSum(torch.autograd.Function):
-    """The sum over ranks, as often differentiable as one likes: its gradient is such a sum again."""
-
-    @staticmethod
-    def forward(ctx, local, group_name, place):  # noqa: D102
-        ctx.given = group_name, place
-        return all_sum(local.clone(), group_name, Call("second backward", place, local.numel()))
-
-    @staticmethod
-    def backward(ctx, grad):  # noqa: D102
-        return AllSum.apply(grad.contiguous(), *ctx.given), None, None

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm.distributed.collectives import AllSum, gather_moments, sum_gradients
+from batchnorm.distributed.collectives import all_sum, gather_moments, sum_gradients
+from batchnorm.distributed.watchdog import Call
 from batchnorm.kernels import dispatch, reference
 from batchnorm.kernels.activations import TABLE
 from batchnorm.kernels.contract import SIGN_IS_ENOUGH, Kernel
@@ -180,6 +181,28 @@ def _gradients(ctx, dy, *_):
 normalize.register_autograd(_gradients, setup_context=_remember)
 
 
+@torch.library.custom_op("batchnorm::sum_over_ranks", mutates_args=())
+def sum_over_ranks(local: Tensor, group: str, place: str) -> Tensor:
+    """The sum over ranks; its gradient is such a sum again, as every rank's loss depends on it."""
+    return all_sum(local.clone(), group, Call("second backward", place, local.numel()))
+
+
+@sum_over_ranks.register_fake
+def _(local: Tensor, group: str, place: str) -> Tensor:
+    return torch.empty_like(local)
+
+
+def _remember_group(ctx, inputs, output):
+    _, ctx.group, ctx.place = inputs
+
+
+def _summed_gradient(ctx, grad):
+    return sum_over_ranks(grad.contiguous(), ctx.group, ctx.place), None, None
+
+
+sum_over_ranks.register_autograd(_summed_gradient, setup_context=_remember_group)
+
+
 def _remember_backward(ctx, inputs, output):
     *tensors, ctx.eps, ctx.activation, ctx.group, ctx.place = inputs
     ctx.save_for_backward(*tensors)
@@ -204,7 +227,7 @@ def _differentiable_backward(
     """`normalize_backward` in operations that record a graph, sums over ranks included."""
 
     def total(v_C: Tensor) -> Tensor:
-        return AllSum.apply(v_C, ctx.group, ctx.place)
+        return sum_over_ranks(v_C, ctx.group, ctx.place)
 
     dy, x, y, gamma, beta, residual = saved
     like, joined = x, y is not None or residual is not None
