@@ -35,7 +35,7 @@ def gather_moments(local: Moments, group_name: str, place: str) -> Moments:
     packed = torch.cat([mean.double(), local.var.double(), count])
     parts_RP = all_gather(packed, group_name, Call("forward", place, C))
     means_RC, vars_RC, counts_R1 = parts_RP.split([C, C, 1], dim=1)
-    whole = Moments.pooled(means_RC, vars_RC, counts_R1[:, 0])
+    whole = Moments.pooled(means_RC, vars_RC, counts_R1.squeeze(1))
     _refuse_single(whole.count)
     return Moments(whole.mean.to(mean.dtype), whole.var.to(mean.dtype), whole.count.long())
 
@@ -64,9 +64,10 @@ def sum_gradients(first: Tensor, second: Tensor, group_name: str, place: str) ->
         group_name: Of the ranks.
         place: As in `gather_moments`.
     """
+    C = first.numel()
     packed = torch.cat([first.double(), second.double()])
-    whole = all_sum(packed, group_name, Call("backward", place, first.numel()))
-    return whole[: first.numel()], whole[first.numel() :]
+    whole_first, whole_second = all_sum(packed, group_name, Call("backward", place, C)).split([C, C])
+    return whole_first, whole_second
 
 
 # `all_gather_into_tensor` has another name from torch 2.13 on, and warns of the old one.
