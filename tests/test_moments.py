@@ -169,3 +169,20 @@ def test_counts_of_masks_do_not_make_float32_of_float64_moments():
     merged = Moments.merged(parts)
     torch.testing.assert_close(merged.unbiased(), x[shown].var(0), rtol=1e-14, atol=0)
     torch.testing.assert_close(merged.mean, x[shown].mean(0), rtol=1e-14, atol=1e-15)
+
+
+def test_pooling_many_sets_at_once_is_merging_them_one_by_one():
+    sizes = [5, 0, 1, 30]
+    parts = [Moments.of(part) for part in (torch.randn(36, 3).double() * 2 + 1e3).split(sizes)]
+    means, variances = (torch.stack([getattr(p, name) for p in parts]) for name in ("mean", "var"))
+    weights = torch.tensor(sizes).double()
+    got, expected = Moments.pooled(means, variances, weights), Moments.merged(parts)
+    torch.testing.assert_close(got.mean, expected.mean, rtol=1e-14, atol=0)
+    torch.testing.assert_close(got.var, expected.var, rtol=1e-12, atol=0)
+    assert got.count == 36
+    # Of shares only the ratio matters; and nothing at all pools to nothing.
+    again = Moments.pooled(means, variances, weights / 36)
+    torch.testing.assert_close(again.var, got.var, rtol=1e-12, atol=0)
+    nothing = Moments.pooled(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2))
+    assert torch.equal(nothing.mean, torch.zeros(3))
+    assert nothing.count == 0

@@ -3,12 +3,21 @@
 Source: Ioffe & Szegedy (2015), arXiv 1502.03167.
 """
 
-from batchnorm import functional
+from batchnorm import distributed, functional
 from batchnorm.diagnostics import watch
 from batchnorm.doctor import diagnose
-from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormPerActivation
+from batchnorm.layers import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    BatchNormPerActivation,
+    SyncedBatchNorm1d,
+    SyncedBatchNorm2d,
+    SyncedBatchNorm3d,
+    SyncedBatchNormPerActivation,
+)
 from batchnorm.moments import Moments
-from batchnorm.statistics import commit_on_step, recalibrate
+from batchnorm.statistics import commit_on_step, pool_statistics, recalibrate
 from batchnorm.surgery import accelerate, convert, fold, freeze, insert, parameter_groups, thaw
 
 __version__ = "0.1.0"
@@ -19,15 +28,21 @@ __all__ = [
     "BatchNorm3d",
     "BatchNormPerActivation",
     "Moments",
+    "SyncedBatchNorm1d",
+    "SyncedBatchNorm2d",
+    "SyncedBatchNorm3d",
+    "SyncedBatchNormPerActivation",
     "accelerate",
     "commit_on_step",
     "convert",
     "diagnose",
+    "distributed",
     "fold",
     "freeze",
     "functional",
     "insert",
     "parameter_groups",
+    "pool_statistics",
     "recalibrate",
     "thaw",
     "watch",

@@ -52,7 +52,7 @@ def batch_norm(
 
     Source: Ioffe & Szegedy (2015), Algorithm 1.
     """
-    name = _check(x, weight, bias, eps, activation, residual, mask, channel_dim)
+    name = check_arguments(x, weight, bias, eps, activation, residual, mask, channel_dim)
     num_values = x.numel() // x.shape[channel_dim] if x.numel() else 0
     if num_values == 1:
         raise ValueError(
@@ -61,7 +61,7 @@ def batch_norm(
             f"epoch, or normalize with running statistics)"
         )
     if channel_dim == -1:
-        rows, residual, mask = _rows(x, residual, mask)
+        rows, residual, mask = as_rows(x, residual, mask)
         y, moments = _normalize(rows, weight, bias, residual, mask, eps, name)
         return y.reshape(x.shape), moments
     return _normalize(x, weight, bias, residual, mask, eps, name)
@@ -96,10 +96,10 @@ def normalize_with(
 
     Source: Ioffe & Szegedy (2015), Algorithm 2, line 11.
     """
-    name = _check(x, weight, bias, eps, activation, residual, mask, channel_dim)
+    name = check_arguments(x, weight, bias, eps, activation, residual, mask, channel_dim)
     shape = x.shape
     if channel_dim == -1:
-        x, residual, mask = _rows(x, residual, mask)
+        x, residual, mask = as_rows(x, residual, mask)
     if residual is not None:
         residual = residual.to(x.dtype)
     arguments = (x, mean, var, weight, bias, residual, mask, eps, name)
@@ -111,9 +111,10 @@ def normalize_with(
     return (native if mask is None else reference).apply(*arguments).reshape(shape)
 
 
-def _rows(
+def as_rows(
     x: Tensor, residual: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Features that sit last, with what goes with them, as (rows, C)."""
     residual = None if residual is None else residual.reshape(-1, x.shape[-1])
     return x.reshape(-1, x.shape[-1]), residual, None if mask is None else mask.reshape(-1)
 
@@ -150,7 +151,7 @@ def _normalize(
     return y, Moments(mean, var, count)
 
 
-def _check(
+def check_arguments(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -160,6 +161,7 @@ def _check(
     mask: Tensor | None,
     channel_dim: int,
 ) -> str:
+    """Raise what `batch_norm` says of its arguments; the name of the activation otherwise."""
     if not x.is_floating_point():
         raise TypeError(
             f"batch normalization needs floating-point input, got {x.dtype}: convert it, e.g. x.float()"

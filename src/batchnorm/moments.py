@@ -104,6 +104,26 @@ class Moments:
             raise ValueError("Moments.merged needs at least one part; it was given none")
         return reduce(cls.merge, parts)
 
+    @classmethod
+    def pooled(cls, means: Tensor, variances: Tensor, weights: Tensor) -> "Moments":
+        """Moments of R sets of samples at once: the law of `merge`, in no order.
+
+        Args:
+            means: Shape (R, C).
+            variances: Biased, shape (R, C).
+            weights: Shape (R,): how many samples each set has. A set of none may be anything finite.
+
+        Returns:
+            Moments in the dtype of what is given; the count is the sum of the weights, a tensor.
+
+        Source: Chan, Golub & LeVeque (1983).
+        """
+        total = weights.sum()
+        shares = (weights / total.clamp(min=torch.finfo(weights.dtype).tiny)).unsqueeze(1)
+        mean = (shares * means).sum(0)
+        var = (shares * (variances + (means - mean).square())).sum(0)
+        return cls(mean, var, total)
+
     def all_reduce(self, group: Any = None) -> "Moments":
         """Moments of the samples of all ranks, weighted by count; the same bits on every rank.
 

@@ -152,7 +152,11 @@ class Positional(nn.Module):
 
 
 BAD = {
-    "unknown kind": (lambda: (small(), "synced"), ValueError, "to='synced' .*; there are 'plain', 'torch'$"),
+    "unknown kind": (
+        lambda: (small(), "ghost"),
+        ValueError,
+        "to='ghost' .*; there are 'plain', 'torch', 'synced'$",
+    ),
     "not a module": (lambda: ([small()], "plain"), TypeError, "convert needs a torch.nn.Module, got list"),
     "no batch normalization": (
         lambda: (nn.Linear(3, 3), "plain"),

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from batchnorm.distributed import alone
 from batchnorm.doctor import batch_findings, layer_findings, mode_findings, statistics_findings, use_findings
 from batchnorm.doctor.data import Loss, kept
 from batchnorm.doctor.diagnosis import LEVELS, Diagnosis, Finding, LayerFacts
@@ -18,6 +19,7 @@ from batchnorm.statistics.feeding import Forward
 from batchnorm.surgery.models import check_model
 
 
+@alone()  # what is tried out here is no other rank's business
 def diagnose(
     model: nn.Module,
     batches: Iterable[Any],

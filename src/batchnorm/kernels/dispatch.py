@@ -21,6 +21,9 @@ KERNELS: dict[str, Kernel] = {
 }
 """By the name that `use` takes."""
 
+FEW_ELEMENTS = 32768
+"""Up to as many, on a CPU, PyTorch's operations are faster than fused kernels: a call of them costs less."""
+
 _asked: ContextVar[str] = ContextVar("batchnorm.kernels.use", default="auto")
 
 

@@ -25,10 +25,10 @@ def normalize(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`Kernel.forward` as an operator: y, mean, biased variance and count (int64, shape ())."""
-    kernel = _kernel(x, gamma, beta, residual, mask, activation)
+    kernel = kernel_for(x, gamma, beta, residual, mask, activation)
     y, moments = kernel.forward(x, gamma, beta, residual, mask, eps, activation)
     count = torch.as_tensor(moments.count, dtype=torch.int64, device=x.device)
-    return _laid_out_as(x, y), moments.mean, moments.var, count
+    return laid_out_as(x, y), moments.mean, moments.var, count
 
 
 @normalize.register_fake
@@ -61,13 +61,13 @@ def normalize_backward(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`Kernel.backward` as an operator; without a residual (given, or told by ``y``) the last is empty."""
-    kernel, moments = _kernel(x, gamma, beta, residual, mask, activation), Moments(mean, var, count)
+    kernel, moments = kernel_for(x, gamma, beta, residual, mask, activation), Moments(mean, var, count)
     dx, dgamma, dbeta, dz = kernel.backward(dy, x, y, gamma, beta, residual, mask, moments, eps, activation)
     if dz is None:
         dz = x.new_empty(0)
     else:
-        dz = torch.empty_like(x).copy_(dz) if dz is dy else _laid_out_as(x, dz)
-    return _laid_out_as(x, dx), dgamma, dbeta, dz
+        dz = torch.empty_like(x).copy_(dz) if dz is dy else laid_out_as(x, dz)
+    return laid_out_as(x, dx), dgamma, dbeta, dz
 
 
 @normalize_backward.register_fake
@@ -89,7 +89,7 @@ def _(
     return torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean), dz
 
 
-def _kernel(
+def kernel_for(
     x: Tensor,
     gamma: Tensor | None,
     beta: Tensor | None,
@@ -97,13 +97,15 @@ def _kernel(
     mask: Tensor | None,
     activation: str,
 ) -> Kernel:
+    """The kernel of an operator's call."""
     # Fast kernels take tensors that hold something.
     if not x.numel():
         return dispatch.KERNELS["reference"]
     return dispatch.choose(x, gamma, beta, residual, mask, activation)
 
 
-def _laid_out_as(x: Tensor, t: Tensor) -> Tensor:
+def laid_out_as(x: Tensor, t: Tensor) -> Tensor:
+    """``t``, or a copy where an operator may not return it in place of an ``empty_like(x)``."""
     # The fakes promise the input's memory format and dtype, and no output may be another's memory.
     fresh = torch.empty_like(x)
     fits = t.dtype == x.dtype and t.stride() == fresh.stride() and t._base is None

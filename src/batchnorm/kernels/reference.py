@@ -22,7 +22,8 @@ def per_channel(v_C: Tensor, x_NCS: Tensor) -> Tensor:
     return v_C.reshape([1, -1] + [1] * (x_NCS.dim() - 2))
 
 
-def _sum_NS(t_NCS: Tensor) -> Tensor:
+def sum_NS(t_NCS: Tensor) -> Tensor:
+    """The sum over batch and locations, shape (C,)."""
     return t_NCS.sum([d for d in range(t_NCS.dim()) if d != 1])
 
 
@@ -81,34 +82,35 @@ def apply(
 ) -> Tensor:
     """The transform with given statistics; differentiable in all of its tensors."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    shown, residual = _visible(x.to(wide), mask), _visible(residual, mask)
+    shown, residual = visible(x.to(wide), mask), visible(residual, mask)
     x_hat = (shown - per_channel(mean, x)) * per_channel((var + eps).rsqrt(), x)
-    z = _before_activation(x_hat, gamma, beta, residual)
-    return _visible(TABLE[activation].value(z), mask).to(x.dtype)
+    z = before_activation(x_hat, gamma, beta, residual)
+    return visible(TABLE[activation].value(z), mask).to(x.dtype)
 
 
 @overload
-def _visible(t_NCS: Tensor, mask: Tensor | None) -> Tensor: ...
+def visible(t_NCS: Tensor, mask: Tensor | None) -> Tensor: ...
 @overload
-def _visible(t_NCS: None, mask: Tensor | None) -> None: ...
-def _visible(t_NCS: Tensor | None, mask: Tensor | None) -> Tensor | None:
+def visible(t_NCS: None, mask: Tensor | None) -> None: ...
+def visible(t_NCS: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """``t_NCS``, with zeros where ``mask`` is false."""
     # What the mask hides may hold anything, NaN included; 0 · NaN must not reach a sum.
     return t_NCS if t_NCS is None or mask is None else torch.where(mask.unsqueeze(1), t_NCS, 0)
 
 
 @overload
-def _widened(t_NCS: Tensor, mask: Tensor | None) -> Tensor: ...
+def widened(t_NCS: Tensor, mask: Tensor | None) -> Tensor: ...
 @overload
-def _widened(t_NCS: None, mask: Tensor | None) -> None: ...
-def _widened(t_NCS: Tensor | None, mask: Tensor | None) -> Tensor | None:
-    return (
-        None if t_NCS is None else _visible(t_NCS.to(torch.promote_types(t_NCS.dtype, torch.float32)), mask)
-    )
+def widened(t_NCS: None, mask: Tensor | None) -> None: ...
+def widened(t_NCS: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """`visible` in float32 or wider."""
+    return None if t_NCS is None else visible(t_NCS.to(torch.promote_types(t_NCS.dtype, torch.float32)), mask)
 
 
-def _before_activation(
+def before_activation(
     x_hat: Tensor, gamma: Tensor | None, beta: Tensor | None, residual: Tensor | None
 ) -> Tensor:
+    """What the activation is applied to."""
     z = x_hat
     if gamma is not None:
         z = per_channel(gamma, z) * z
@@ -143,27 +145,27 @@ def backward(
     exact also where the mean computed in floating point is not quite the mean.
     """
     like, joined = x, y is not None or residual is not None
-    x, dy = _widened(x, mask), _widened(dy, mask)
-    residual, y = _widened(residual, mask), _widened(y, mask)
+    x, dy = widened(x, mask), widened(dy, mask)
+    residual, y = widened(residual, mask), widened(y, mask)
 
     m = moments.count.clamp(min=1) if isinstance(moments.count, Tensor) else max(moments.count, 1)
-    deviation = _visible(x - per_channel(moments.mean, x), mask)
+    deviation = visible(x - per_channel(moments.mean, x), mask)
     inv_std = (moments.var + eps).rsqrt()
     x_hat = deviation * per_channel(inv_std, x)
 
-    z = _before_activation(x_hat, gamma, beta, residual) if y is None else y
+    z = before_activation(x_hat, gamma, beta, residual) if y is None else y
     dz = dy * TABLE[activation].derivative(z)
 
     dx_hat = dz if gamma is None else dz * per_channel(gamma, dz)
-    dvar = _sum_NS(dx_hat * deviation) * (-0.5) * inv_std**3
-    dmean = -_sum_NS(dx_hat) * inv_std + dvar * _sum_NS(-2 * deviation) / m
+    dvar = sum_NS(dx_hat * deviation) * (-0.5) * inv_std**3
+    dmean = -sum_NS(dx_hat) * inv_std + dvar * sum_NS(-2 * deviation) / m
     dx = (
         dx_hat * per_channel(inv_std, x)
         + per_channel(dvar, x) * 2 * deviation / m
         + per_channel(dmean, x) / m
     )
-    dx = _visible(dx, mask).to(like.dtype)
-    return dx, _sum_NS(dz * x_hat), _sum_NS(dz), dz.to(like.dtype) if joined else None
+    dx = visible(dx, mask).to(like.dtype)
+    return dx, sum_NS(dz * x_hat), sum_NS(dz), dz.to(like.dtype) if joined else None
 
 
 def apply_backward(
@@ -181,11 +183,11 @@ def apply_backward(
 ) -> Gradients:
     """Gradients of `apply` with its statistics held constant; differentiable itself."""
     like, joined = x, y is not None or residual is not None
-    x, dy = _widened(x, mask), _widened(dy, mask)
-    residual, y = _widened(residual, mask), _widened(y, mask)
+    x, dy = widened(x, mask), widened(dy, mask)
+    residual, y = widened(residual, mask), widened(y, mask)
     inv_std = per_channel((var + eps).rsqrt(), x)
-    x_hat = _visible((x - per_channel(mean, x)) * inv_std, mask)
-    z = _before_activation(x_hat, gamma, beta, residual) if y is None else y
+    x_hat = visible((x - per_channel(mean, x)) * inv_std, mask)
+    z = before_activation(x_hat, gamma, beta, residual) if y is None else y
     dz = dy * TABLE[activation].derivative(z)
     dx = (dz if gamma is None else dz * per_channel(gamma, dz)) * inv_std
-    return dx.to(like.dtype), _sum_NS(dz * x_hat), _sum_NS(dz), dz.to(like.dtype) if joined else None
+    return dx.to(like.dtype), sum_NS(dz * x_hat), sum_NS(dz), dz.to(like.dtype) if joined else None

@@ -4,6 +4,13 @@ from batchnorm.layers.adopt import adopt
 from batchnorm.layers.base import Normalization
 from batchnorm.layers.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormPerActivation
 from batchnorm.layers.joined import Joined
+from batchnorm.layers.synced import (
+    Synced,
+    SyncedBatchNorm1d,
+    SyncedBatchNorm2d,
+    SyncedBatchNorm3d,
+    SyncedBatchNormPerActivation,
+)
 
 __all__ = [
     "BatchNorm1d",
@@ -12,5 +19,10 @@ __all__ = [
     "BatchNormPerActivation",
     "Joined",
     "Normalization",
+    "Synced",
+    "SyncedBatchNorm1d",
+    "SyncedBatchNorm2d",
+    "SyncedBatchNorm3d",
+    "SyncedBatchNormPerActivation",
     "adopt",
 ]

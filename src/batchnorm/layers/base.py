@@ -131,7 +131,8 @@ class Normalization(_BatchNorm):
         moves = not by_running and self.track_running_stats and mean is not None and not is_recomputation()
         pending = self.pending if moves else None
         # First what is not worth more words than arithmetic.
-        if mean is not None and mask is None and not _is_compiling() and x.is_cpu and self._is_plain(x):
+        plain = mean is not None and mask is None and not _is_compiling() and x.is_cpu and self._is_plain(x)
+        if plain and (by_running or not self._is_shared):
             running = (mean, var, self._buffers["num_batches_tracked"] if moves else None, self.momentum)
             if pending is not None:
                 running = pending.blank()
@@ -152,11 +153,21 @@ class Normalization(_BatchNorm):
             y = normalize_with(x, mean, var, weight, bias, **options)
             recompute.offer(y, x, [mean, var, weight, bias], **options)
             return y
-        y, moments = batch_norm(x, weight, bias, **options)
+        y, moments = self._by_batch(x, weight, bias, **options)
         recompute.offer(y, x, [moments.mean, moments.var, weight, bias], **options)
-        if moves and (pending is None or not pending.take(moments)):
+        if moves and (pending is None or not pending.take(moments, is_silent=not x.numel())):
             commit(mean, var, self.num_batches_tracked, moments, self.momentum)
         return y
+
+    @property
+    def _is_shared(self) -> bool:
+        """Whether other processes have a part of the batch."""
+        return False
+
+    def _by_batch(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, **options: Any
+    ) -> tuple[Tensor, Moments]:
+        return batch_norm(x, weight, bias, **options)
 
     def _is_plain(self, x: Tensor) -> bool:
         return self.channel_dim == 1 or x.dim() == 2

@@ -24,11 +24,13 @@ class _Entry:
         moments: Of the batch.
         num_batches: How many they are.
         is_sound: Whether batches that are not finite have been left out already.
+        is_silent: Whether the gradient of this process says nothing of it: the samples are other ranks'.
     """
 
     moments: Moments
     num_batches: Tensor | int = 1
     is_sound: bool = False
+    is_silent: bool = False
 
 
 class Pending:
@@ -94,15 +96,20 @@ class Pending:
         else:
             self.num_skipped += 1
 
-    def take(self, moments: Moments) -> bool:
-        """Take the moments of a batch; false where they cannot wait, as under `torch.func` transforms."""
+    def take(self, moments: Moments, is_silent: bool = False) -> bool:
+        """Take the moments of a batch; false where they cannot wait, as under `torch.func` transforms.
+
+        Args:
+            moments: Of the batch.
+            is_silent: Whether none of its samples is this process': its gradient is zero anyway.
+        """
         if torch.compiler.is_compiling():
             self._box.put(moments)
             return True
         if torch._C._are_functorch_transforms_active():
             return False
         self.num_batches += 1
-        self._append(_Entry(moments))
+        self._append(_Entry(moments, is_silent=is_silent))
         return True
 
     def _append(self, entry: _Entry) -> None:
@@ -120,7 +127,7 @@ class Pending:
         gradient = parameter.grad
         if used and gradient is None:
             self._drop_first()
-        elif used and gradient is not None:
+        elif used and gradient is not None and not any(entry.is_silent for entry in used):
             alive = gradient.detach().any()
             if not may_look_at(alive):
                 self._waiting[: self._num_used] = [self._kept_if(alive, entry) for entry in used]
@@ -171,7 +178,9 @@ class Pending:
         entries = [self._sound(entry) for entry in entries]
         # In float64, that rounding does not grow with the number of batches.
         moments = Moments.merged(_as(entry.moments, torch.float64, device) for entry in entries)
-        return _Entry(moments, sum((entry.num_batches for entry in entries), 0), is_sound=True)
+        num_batches = sum((entry.num_batches for entry in entries), 0)
+        is_silent = any(entry.is_silent for entry in entries)
+        return _Entry(moments, num_batches, is_sound=True, is_silent=is_silent)
 
     def _sound(self, entry: _Entry) -> _Entry:
         """The entry, or one of no samples and batches if its moments are not finite."""
@@ -184,7 +193,8 @@ class Pending:
         sound = probe.isfinite()
         unsound = 1 if looks else (~sound).long()
         self.num_skipped = self.num_skipped + unsound
-        return _Entry(_only_if(sound, entry.moments), 1 - unsound, is_sound=True)
+        moments = _only_if(sound, entry.moments)
+        return replace(entry, moments=moments, num_batches=1 - unsound, is_sound=True)
 
     def _kept_if(self, kept: Tensor, entry: _Entry) -> _Entry:
         """The entry, or, where ``kept`` is false on its device, one of no samples and batches."""
@@ -192,7 +202,7 @@ class Pending:
         entry = self._sound(entry)
         self.num_dropped = self.num_dropped + ~kept * entry.num_batches
         moments = replace(entry.moments, count=kept * entry.moments.count)
-        return _Entry(moments, kept * entry.num_batches, is_sound=True)
+        return replace(entry, moments=moments, num_batches=kept * entry.num_batches, is_sound=True)
 
     def _empty_box(self) -> None:
         if self._box.is_in_use:

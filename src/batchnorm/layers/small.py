@@ -11,7 +11,7 @@ from batchnorm.kernels import cpu, dispatch
 from batchnorm.kernels.activations import TABLE
 from batchnorm.layers import recompute
 
-MOST_ELEMENTS = 32768
+MOST_ELEMENTS = dispatch.FEW_ELEMENTS
 """Above, fused kernels are faster than PyTorch's operations in spite of what a call of them costs."""
 
 MOST_UNFUSED = 131072

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from batchnorm import distributed
 from batchnorm.layers import Normalization
 from batchnorm.moments import Moments
 from batchnorm.statistics.feeding import Forward, explained, feed, length, shown
@@ -129,7 +130,7 @@ class Passes:
         found, error = Pass(), None
         try:
             batches = self._first()
-            with same_random_numbers(self.model), _eagerly():
+            with same_random_numbers(self.model), _eagerly(), distributed.alone():
                 self._run_here(found, batches, list(watch), stop=stop, average=average, spread=spread)
         except Exception as caught:
             if self.group is None:

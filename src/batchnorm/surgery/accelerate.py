@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from batchnorm.distributed import alone
 from batchnorm.kernels import keep_freed_memory
 from batchnorm.layers import Normalization, adopt
 from batchnorm.surgery.agreement import Agreement, compare
@@ -53,6 +54,7 @@ class AccelerateReport(TwinReport):
         return "\n".join(part for part in parts if part)
 
 
+@alone()  # what is tried out here is no other rank's business
 def accelerate(
     model: nn.Module,
     example: Tensor | tuple[Any, ...] | None = None,

@@ -4,15 +4,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from batchnorm import distributed
 from batchnorm.layers import Normalization
 from batchnorm.surgery import patterns
 from batchnorm.surgery.agreement import Agreement, compare
-from batchnorm.surgery.kinds import Calls, is_normalization, kind_named
+from batchnorm.surgery.kinds import Calls, Kind, is_normalization, kind_named
 from batchnorm.surgery.models import as_args, check_example, check_model, copied, outputs
 from batchnorm.surgery.outcome import Change, Note, Refusal
 from batchnorm.surgery.splitting import rejoin, split, split_obstacle
+from batchnorm.surgery.synchronize import name_places
 from batchnorm.surgery.twin import TwinReport, check_agreement, parameters_by_original
 
 
@@ -23,6 +26,8 @@ def convert(
     *,
     only: patterns.Patterns = None,
     except_: patterns.Patterns = None,
+    group: dist.ProcessGroup | None = None,
+    group_size: int | None = None,
 ) -> tuple[nn.Module, TwinReport]:
     """Change the kind of a model's normalization layers, and nothing that it computes.
 
@@ -35,11 +40,18 @@ def convert(
         to: "plain" for the layers of this package, also from ``SyncBatchNorm`` (the example shows
             of which dimension) and torchvision's ``FrozenBatchNorm2d`` (frozen); "torch" for those of
             `torch.nn`. An activation that a layer carries becomes a child of its own, in the plain
-            ``nn.Sequential`` that holds the layer, and is carried again on the way back.
+            ``nn.Sequential`` that holds the layer, and is carried again on the way back. "synced" for
+            the layers of this package that normalize by the batch of several ranks, as one process
+            with all of it would, also from ``SyncBatchNorm``; outside a process group they do what
+            the plain ones do.
         example: An input tensor, or a tuple of positional arguments, on the model's device. With one,
             outputs, gradients and statistics of both models are compared on it in both modes.
         only: Glob patterns; only layers whose path matches one are converted.
         except_: Glob patterns; layers whose path matches one are not.
+        group: For "synced", the process group whose ranks share a batch; all ranks when ``None``, or
+            the group that a ``SyncBatchNorm`` has.
+        group_size: In its place: so many consecutive ranks share a batch. All ranks have to call
+            this, as the first call for a size makes the groups.
 
     Returns:
         The new model and the report: every change, everything left alone with its reason, the
@@ -48,21 +60,36 @@ def convert(
     Raises:
         TypeError: ``model`` or ``example`` has the wrong type.
         ValueError: No such kind; no batch normalization; a pattern matches none; the model is lazy,
-            scripted or wrapped, cannot be copied, or fails on the example.
+            scripted or wrapped, cannot be copied, or fails on the example; a group for another kind
+            than "synced", or one that cannot be: see `batchnorm.layers.Synced`.
         RuntimeError: The result would compute something else than the model; nothing is returned.
     """
-    kind = kind_named(to)
+    if to != "synced" and (group is not None or group_size is not None):
+        raise ValueError(f'group= and group_size= say who shares a batch, for to="synced", not to={to!r}')
     check_model(model, "convert")
+    kind = kind_named(to, distributed.name_of(group, group_size) if to == "synced" else "")
     args = None if example is None else as_args(example)
     layers = {path: m for path, m in model.named_modules() if is_normalization(m)}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no batch normalization to convert")
     only, except_ = patterns.as_list(only), patterns.as_list(except_)
     patterns.check([*only, *except_], layers, "batch normalization")
+    # What one rank tries out on its example is no other rank's business.
+    with distributed.alone():
+        return _converted(model, kind, args, layers, only, except_)
+
+
+def _converted(
+    model: nn.Module,
+    kind: Kind,
+    args: tuple[Any, ...] | None,
+    layers: dict[str, nn.Module],
+    only: Sequence[str],
+    except_: Sequence[str],
+) -> tuple[nn.Module, TwinReport]:
     if args is not None:
         check_example(model, args)
     calls = {} if args is None else _calls(model, args, layers)
-
     new = copied(model)
     changes: list[Change] = []
     refusals: list[Refusal] = []
@@ -83,6 +110,7 @@ def convert(
         if kind.carries_activations:
             remark = rejoin(new, layer)
         changes.append(Change(path, what + remark))
+    name_places(new)
     return new, _report(model, new, args, changes, refusals)
 
 

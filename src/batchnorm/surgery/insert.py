@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import Node
 
+from batchnorm.distributed import alone
 from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.surgery import biases, nonlinearities, patterns, places
 from batchnorm.surgery.graph import Trace
@@ -28,6 +29,7 @@ _WHOLE = (
 )
 
 
+@alone()  # what is tried out here is no other rank's business
 def insert(
     model: nn.Module,
     example: Tensor | tuple[Any, ...],

@@ -9,8 +9,10 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.layers import BatchNorm2d, BatchNormPerActivation, Normalization, adopt
+from batchnorm.layers import BatchNorm2d, BatchNormPerActivation, Normalization, Synced, adopt
 from batchnorm.layers.adopt import OURS, is_borrowed, unadopt
+from batchnorm.layers.synced import SYNCED
+from batchnorm.surgery.synchronize import become_alone, become_synced, is_synced
 
 _THEIRS = {ours: theirs for theirs, ours in OURS.items()}
 _BY_DIMS: dict[int, type[_BatchNorm]] = {
@@ -75,7 +77,7 @@ def _foreign(layer: nn.Module) -> str:
         return "it has a forward of its own, set on the object, which would be lost"
     if is_frozen_by_class(layer):
         return _frozen_obstacle(layer)
-    known = (*OURS, *_THEIRS, BatchNormPerActivation, nn.SyncBatchNorm)
+    known = (*OURS, *_THEIRS, BatchNormPerActivation, *SYNCED.values(), nn.SyncBatchNorm)
     if type(layer) in known:
         return ""
     base = next((cls.__name__ for cls in type(layer).__mro__ if cls in known), "batch normalization")
@@ -108,7 +110,7 @@ def _desynchronize(layer: nn.Module, calls: Calls) -> None:
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    return isinstance(layer, Normalization) and not is_borrowed(layer)
+    return isinstance(layer, Normalization) and not is_borrowed(layer) and not isinstance(layer, Synced)
 
 
 def _plain_obstacle(layer: nn.Module, calls: Calls) -> str:
@@ -123,6 +125,8 @@ def _become_plain(layer: nn.Module, calls: Calls) -> str:
     if type(layer) is nn.SyncBatchNorm:
         _desynchronize(layer, calls)
         remark = "; every rank uses its own batch"
+    elif isinstance(layer, Synced):
+        remark = become_alone(layer)
     elif isinstance(layer, Normalization):
         remark = "; stays so when it is thawed or its handle removed"
     return f"now batchnorm.{type(adopt(layer)).__name__}{remark}"
@@ -193,29 +197,51 @@ def _become_torch(layer: nn.Module, calls: Calls) -> str:
         _desynchronize(layer, calls)
         remark = "; every rank uses its own batch"
     elif isinstance(layer, Normalization):
+        remark = become_alone(layer)
         was = None if layer.running_mean is None else layer.running_mean.dtype
         unadopt(layer)
         now = None if layer.running_mean is None else layer.running_mean.dtype
         if was != now:
-            remark = (
+            remark += (
                 f"; statistics rounded to {str(now).removeprefix('torch.')}, as torch's kernels need them"
             )
     return f"now torch.nn.{type(layer).__name__}{remark}"
+
+
+# Synced: our layers, by the batch of all ranks.
+
+
+def _synced_in(group_name: str) -> Kind:
+    def become(layer: nn.Module, calls: Calls) -> str:
+        own_group = getattr(layer, "process_group", None)
+        if not isinstance(layer, Synced) and not _is_plain(layer):
+            _become_plain(layer, calls)
+        assert isinstance(layer, Normalization)
+        return become_synced(layer, group_name, own_group)
+
+    return Kind(lambda layer: is_synced(layer, group_name), _plain_obstacle, become, carries_activations=True)
 
 
 KINDS: Mapping[str, Kind] = {
     "plain": Kind(_is_plain, _plain_obstacle, _become_plain, carries_activations=True),
     "torch": Kind(_is_torchs, _torch_obstacle, _become_torch, carries_activations=False),
 }
-"""By the name that ``to=`` takes."""
+"""By the name that ``to=`` takes; "synced" depends on the group beside."""
 
 
-def kind_named(name: str) -> Kind:
+def kind_named(name: str, group_name: str) -> Kind:
     """The kind of a name.
+
+    Args:
+        name: What ``to=`` was given.
+        group_name: Of the ranks that share a batch, for "synced".
 
     Raises:
         ValueError: There is none; the message lists those there are.
     """
+    if name == "synced":
+        return _synced_in(group_name)
     if name not in KINDS:
-        raise ValueError(f"to={name!r} is no kind of normalization; there are {', '.join(map(repr, KINDS))}")
+        known = ", ".join(map(repr, [*KINDS, "synced"]))
+        raise ValueError(f"to={name!r} is no kind of normalization; there are {known}")
     return KINDS[name]

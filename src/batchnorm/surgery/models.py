@@ -60,8 +60,10 @@ def copied(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: The model holds something that cannot be copied.
     """
+    # Process groups cannot be copied, and need not be.
+    groups = [m.process_group for m in model.modules() if isinstance(m, nn.SyncBatchNorm)]
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, {id(group): group for group in groups})
     except Exception as error:  # attributes of the user's may raise anything
         raise ValueError(
             f"the model cannot be copied with copy.deepcopy, which keeps yours untouched: {error}"
