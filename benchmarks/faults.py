@@ -29,7 +29,7 @@ import torch.distributed.rpc
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-import batchnorm.cli.train  # Likewise.
+import batchnorm.cli.train  # noqa: F401  (likewise)
 from batchnorm import files
 from batchnorm.cli import main as cli
 from batchnorm.files import write_json
