@@ -37,9 +37,10 @@ def pids_of_ranks(agent):
     for path in os.scandir("/proc"):
         try:
             with open(f"{path.path}/stat") as stat, open(f"{path.path}/environ") as environ:
-                if int(stat.read().rpartition(")")[2].split()[1]) == agent.pid:
-                    if rank := re.search(r"(?:^|\0)RANK=(\d+)", environ.read()):
-                        found[int(rank[1])] = int(path.name)
+                parent = int(stat.read().rpartition(")")[2].split()[1])
+                rank = re.search(r"(?:^|\0)RANK=(\d+)", environ.read())
+            if parent == agent.pid and rank:
+                found[int(rank[1])] = int(path.name)
         except (OSError, ValueError):
             continue
     return found

@@ -92,5 +92,7 @@ def test_ddp_row_statistics_are_of_all_ranks(found):
         torch.testing.assert_close(torch.tensor(case["pooled"][name]), mean)
         torch.testing.assert_close(torch.tensor(case["pooled"][variance]), within + between)
     for name, one in case["one"].items():
+        if name.endswith("num_batches_tracked"):
+            continue  # In how many batches the data came is all that differs.
         # Recalibrated by two ranks, each with half of the data, and by one process with all of them.
         torch.testing.assert_close(torch.tensor(case["two"][name]), torch.tensor(one), rtol=1e-6, atol=1e-7)
