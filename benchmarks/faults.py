@@ -149,6 +149,8 @@ def start(out: Path, options: argparse.Namespace, restarts: int) -> int:
 
 
 def rank(command: list[str], pids: Path) -> None:
+    # A fork has the agent's, which would wait for a collective to end.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     files.write_bytes(pids / os.environ["RANK"], str(os.getpid()).encode())
     sys.exit(cli(command))
 

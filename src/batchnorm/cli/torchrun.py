@@ -9,6 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from batchnorm.cli.meeting import meet
 from batchnorm.train.build import resolve_device
 from batchnorm.train.ranks import Ranks
 
@@ -67,8 +68,8 @@ def joined(timeout_s: float, device_name: str) -> Iterator[Ranks]:
         # What rank 0 is warned of, the others are, too.
         warnings.simplefilter("ignore")
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-    except (dist.DistError, RuntimeError) as error:
+        _join(backend, timeout_s)
+    except (dist.DistError, RuntimeError, TimeoutError) as error:
         raise OSError(
             f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} could not join the others at "
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within {timeout_s:g} s: "
@@ -80,6 +81,18 @@ def joined(timeout_s: float, device_name: str) -> Iterator[Ranks]:
             yield ranks
     finally:
         dist.destroy_process_group()
+
+
+def _join(backend: str, timeout_s: float) -> None:
+    timeout = timedelta(seconds=timeout_s)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    rank, num = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, num, False, timeout, wait_for_workers=False)
+    shared = meet(store, rank, num, timeout_s)
+    dist.init_process_group(backend, store=shared, rank=rank, world_size=num, timeout=timeout)
 
 
 @contextlib.contextmanager
