@@ -1,5 +1,6 @@
 """Trainings on one process and on several, side by side; a program, run by test_equality.py."""
 
+import importlib.util
 import os
 import signal
 import warnings
@@ -101,6 +102,23 @@ def without_normalization(place):
     return found
 
 
+def synchronized(place):
+    """Layers that normalize by the moments of all ranks: one process again, with micro-batches, too."""
+    if importlib.util.find_spec("batchnorm.distributed") is None:
+        return {"skipped": "there are no synchronized layers"}
+    found = {}
+    for num, accumulate in ((2, 1), (3, 1), (2, 3)):
+        recipe = replace(NORMALIZED, accumulate=accumulate)
+        one, out = place / f"one-{num}-{accumulate}", place / f"{num}-{accumulate}"
+        run(recipe, one)
+        answers = ranks(num, replace(recipe, sync_bn=True), out)
+        ends = [load_checkpoint(run / "checkpoints" / "step-24").model for run in (one, out)]
+        running = max((ends[0][n] - ends[1][n]).abs().max().item() for n in ends[0] if "running" in n)
+        found[f"{num} ranks, {accumulate} micro-batches"] = apart(one, out) | {"running": running}
+        found.setdefault("answers", []).append(answers)
+    return found
+
+
 def number_of_ranks_changes(place):
     run(PLAIN, place / "one")
     stopped = []
@@ -168,6 +186,7 @@ def batch_of_each_rank(place):
 if __name__ == "__main__":
     each = (
         without_normalization,
+        synchronized,
         number_of_ranks_changes,
         resumed,
         statistics_are_of_all_ranks,

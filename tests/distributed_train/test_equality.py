@@ -51,6 +51,18 @@ def test_without_normalization_any_number_of_ranks_is_one_process(found, ranks):
         assert case[key]["steps"] == [5, 8, 10, 12, 15, 16, 20, 24]
 
 
+@pytest.mark.parametrize("which", ["2 ranks, 1", "3 ranks, 1", "2 ranks, 3"])
+def test_synchronized_any_number_of_ranks_is_one_process(found, which):
+    case = of(found, "synchronized")
+    if "skipped" in case:
+        pytest.skip(case["skipped"])
+    (key,) = [key for key in case if key.startswith(which)]
+    assert case[key]["weights"] < 1e-5
+    assert case[key]["running"] < 1e-5
+    assert case[key]["loss"] < 1e-5
+    assert case[key]["accuracy"] == 0
+
+
 def test_all_ranks_end_with_the_same_model_and_scores(found):
     for answers in of(found, "without_normalization")["answers"]:
         values = [answer["value"] for answer in answers]
