@@ -70,7 +70,8 @@ def apart(one, other):
     rows = [read_metrics(out / "metrics.jsonl") for out in (one, other)]
     assert [sorted(row) for row in rows[0]] == [sorted(row) for row in rows[1]]
     return {
-        "weights": max((first[name] - second[name]).abs().max().item() for name in first),
+        # In how many batches the data of population statistics came is no weight.
+        "weights": max((first[n] - second[n]).abs().max().item() for n in first if "tracked" not in n),
         "loss": max(abs(a["loss"] - b["loss"]) for a, b in zip(*rows, strict=True)),
         "accuracy": max(abs(a.get("accuracy", 0) - b.get("accuracy", 0)) for a, b in zip(*rows, strict=True)),
         "steps": [row["step"] for row in rows[1]],
