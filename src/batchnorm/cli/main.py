@@ -79,12 +79,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _short_warnings():
             importlib.import_module(COMMANDS[command][0]).run(rest)
     except KeyboardInterrupt as stop:
-        _say(str(stop) or "stopped")
+        if not _is_told_elsewhere(stop):
+            _say(str(stop) or "stopped")
         return 128 + getattr(stop, "signal_number", 2)
     except USER_ERRORS as error:
         if debug:
             traceback.print_exc()
-        _say(f"error: {_message(error)}")
+        if not _is_told_elsewhere(error):
+            _say(f"error: {_message(error)}")
         return 2
     return 0
 
@@ -106,6 +108,11 @@ def _parse(arguments: list[str]) -> tuple[str, list[str]]:
     # Only the command itself is parsed here: what follows belongs to it.
     parsed = parser.parse_args(arguments[:1])
     return parsed.command, arguments[1:]
+
+
+def _is_told_elsewhere(error: BaseException) -> bool:
+    # Of several ranks that fail together one tells why. This module imports no command's modules.
+    return getattr(error, "told_elsewhere", False)
 
 
 def _message(error: BaseException) -> str:

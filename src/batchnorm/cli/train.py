@@ -11,10 +11,12 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from batchnorm.cli.torchrun import joined, quiet_but_first, take_turns
 from batchnorm.data import SOURCES, load, open_images
 from batchnorm.kernels import keep_freed_memory
 from batchnorm.train import RECIPES, InceptionRecipe, Recipe, describe, get_recipe, train
 from batchnorm.train.feed import Data
+from batchnorm.train.ranks import Ranks
 from batchnorm.train.recipes import Scale
 
 DESCRIPTION = """\
@@ -26,8 +28,10 @@ Examples:
   batchnorm train bn-x5 --scale cifar10 --out runs/x5
   batchnorm train bn-x5 --describe     (the network's stages and parameters; trains nothing)
   batchnorm train bn-mlp --help        (every field of the recipe as a flag)
+  torchrun --nproc-per-node 2 -m batchnorm train bn-mlp --out runs/two    (two processes, or GPUs, as one)
 
 A recipe's --help lists all flags; they may be given before or after the recipe's name.
+Under torchrun the processes share each batch and compute what one would; rank 0 alone writes to --out.
 Ctrl-C saves a checkpoint first. Watch a run with: tensorboard --logdir runs
 """
 
@@ -46,7 +50,8 @@ class TrainOptions:
     val/CLASS/*.jpg; or shards, …/train-{000000..000146}.tar. By default digits, which come with
     scikit-learn, or what --scale names."""
     workers: int | None = None
-    """Processes that decode images on disk (default: one for each core but one)."""
+    """Processes that decode images on disk, of each rank (default: one for each core but one, shared with
+    the other ranks of the machine)."""
     data_dir: Path | None = None
     """Folder with the data's files; else the one BATCHNORM_DATA names, else a cache to download to."""
     scale: Scale = "imagenet"
@@ -58,32 +63,37 @@ class TrainOptions:
     """Report on standard error: a bar on a terminal, else one line for each evaluation."""
     tensorboard: bool = True
     """Write TensorBoard events beside metrics.jsonl."""
+    timeout: float = 300.0
+    """Seconds that a process of torchrun waits for another before it gives up, so that nothing hangs. Longer
+    than the slowest checkpoint, download or evaluation batch takes."""
 
 
 def run(argv: list[str]) -> None:
     """Parse `argv`, train, and print the result."""
-    arguments: Any = tyro.cli(
-        _arguments_type(_scale(argv)),
-        prog="batchnorm train",
-        description=DESCRIPTION,
-        args=argv,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs),
-    )
-    recipe: Recipe = arguments.recipe
-    if arguments.describe:
-        _describe(recipe, CLASSES[arguments.scale])
-        return
-    if arguments.out is None:
-        raise ValueError(
-            "--out is needed: the folder where the run shall be, new or holding the run to go on with."
+    with quiet_but_first():
+        arguments: Any = tyro.cli(
+            _arguments_type(_scale(argv)),
+            prog="batchnorm train",
+            description=DESCRIPTION,
+            args=argv,
+            config=(
+                tyro.conf.OmitArgPrefixes,
+                tyro.conf.OmitSubcommandPrefixes,
+                tyro.conf.CascadeSubcommandArgs,
+            ),
         )
-    if arguments.scale != "imagenet" and not isinstance(recipe, InceptionRecipe):
-        raise ValueError(f"--scale changes the Inception recipes; {recipe.model} has one scale only.")
-    keep_freed_memory()
-    source = arguments.data or _default_data(recipe, arguments.scale)
-    data = _open(source, arguments.data_dir, progress=arguments.progress)
-    if arguments.progress:
-        _tell_scale(argv, recipe, arguments.scale)
+    if arguments.describe:
+        with quiet_but_first():
+            _describe(arguments.recipe, CLASSES[arguments.scale])
+        return
+    with joined(arguments.timeout, arguments.recipe.device) as ranks:
+        _train(argv, arguments, ranks)
+
+
+def _train(argv: list[str], arguments: Any, ranks: Ranks) -> None:
+    recipe: Recipe = arguments.recipe
+    with ranks.together():
+        data = _data(argv, arguments, ranks)
     result = train(
         recipe,
         data,
@@ -92,6 +102,8 @@ def run(argv: list[str]) -> None:
         tensorboard=arguments.tensorboard,
         num_workers=arguments.workers,
     )
+    if not ranks.is_first:
+        return
     if result.bad_images:
         listed = "".join(f"\n  {name}" for name in result.bad_images)
         sys.stderr.write(f"batchnorm: {len(result.bad_images)} bad images were left out:{listed}\n")
@@ -100,6 +112,24 @@ def run(argv: list[str]) -> None:
         f"{arguments.out}: top-1 {scores.top1:.2%}, top-5 {scores.top5:.2%}, loss {scores.loss:.4f} "
         f"on {scores.num_examples} test images; weights in {arguments.out / 'model.safetensors'}\n"
     )
+
+
+def _data(argv: list[str], arguments: Any, ranks: Ranks) -> Data:
+    recipe: Recipe = arguments.recipe
+    if arguments.out is None:
+        raise ValueError(
+            "--out is needed: the folder where the run shall be, new or holding the run to go on with."
+        )
+    if arguments.scale != "imagenet" and not isinstance(recipe, InceptionRecipe):
+        raise ValueError(f"--scale changes the Inception recipes; {recipe.model} has one scale only.")
+    keep_freed_memory()
+    source = arguments.data or _default_data(recipe, arguments.scale)
+    told = arguments.progress and ranks.is_first
+    with take_turns(ranks):
+        data = _open(source, arguments.data_dir, progress=told)
+    if told:
+        _tell_scale(argv, recipe, arguments.scale)
+    return data
 
 
 def _open(source: str, data_dir: Path | None, *, progress: bool) -> Data:

@@ -2,6 +2,7 @@
 
 from batchnorm.data.augment import crop_batch, crop_each, distort, shift_and_mirror, standardize
 from batchnorm.data.batches import (
+    Share,
     Shuffle,
     batch_indices,
     epoch_order,
@@ -20,6 +21,7 @@ __all__ = [
     "Crop",
     "ImageData",
     "ImageFiles",
+    "Share",
     "Shuffle",
     "batch_indices",
     "crop_batch",

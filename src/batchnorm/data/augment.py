@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from batchnorm.data.batches import Share
 from batchnorm.data.crops import Box, Crop
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -16,7 +17,12 @@ DISTORTION = 0.5
 
 
 def shift_and_mirror(
-    images: Tensor, generator: torch.Generator, *, reach: int, mirror: bool = True
+    images: Tensor,
+    generator: torch.Generator,
+    *,
+    reach: int,
+    mirror: bool = True,
+    share: Share | None = None,
 ) -> Tensor:
     """Each image moved by up to ``reach`` pixels either way, and every second one mirrored.
 
@@ -25,13 +31,17 @@ def shift_and_mirror(
         generator: On the CPU; three draws for each image.
         reach: Pixels; what comes in from outside is the middle grey.
         mirror: Whether any is mirrored.
+        share: Of what batch the images are which part: it is drawn for all of it. None: they are all.
 
     Returns:
         uint8, same shape, in channels-last memory.
     """
     num, _, height, width = images.shape
-    shifts = torch.randint(0, 2 * reach + 1, (2, num, 1), generator=generator)
-    mirrored = mirror & (torch.rand(num, 1, generator=generator) < 0.5)
+    total = num if share is None else share.total
+    shifts = torch.randint(0, 2 * reach + 1, (2, total, 1), generator=generator)
+    mirrored = mirror & (torch.rand(total, 1, generator=generator) < 0.5)
+    if share is not None:
+        shifts, mirrored = share.take(shifts, 1), share.take(mirrored)
     rows = torch.arange(height) + shifts[0]
     columns = torch.arange(width).expand(num, width)
     columns = torch.where(mirrored, width - 1 - columns, columns) + shifts[1]
@@ -42,22 +52,27 @@ def shift_and_mirror(
     return padded[numbers[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def distort(images: Tensor, generator: torch.Generator, *, strength: float = 1.0) -> Tensor:
+def distort(
+    images: Tensor, generator: torch.Generator, *, strength: float = 1.0, share: Share | None = None
+) -> Tensor:
     """Photometric distortion: brightness, contrast and colour of each image, in an order of its own.
 
     Args:
         images: Levels from 0 to 1, shape (N, 3, H, W), any device.
         generator: On the CPU; six draws for each image.
         strength: 1 multiplies each of the three by a factor between 0.5 and 1.5; 0 changes nothing.
+        share: As in `shift_and_mirror`.
 
     Returns:
         New levels from 0 to 1.
 
     Source: Howard (2013), Some Improvements on Deep CNN Based Image Classification, section 2.2.
     """
-    num = len(images)
-    factors = 1 + strength * DISTORTION * (2 * torch.rand(3, num, generator=generator) - 1)
-    order = torch.rand(3, num, generator=generator).argsort(0)
+    total = len(images) if share is None else share.total
+    factors = 1 + strength * DISTORTION * (2 * torch.rand(3, total, generator=generator) - 1)
+    order = torch.rand(3, total, generator=generator).argsort(0)
+    if share is not None:
+        factors, order = share.take(factors, 1), share.take(order, 1)
     factors, order = factors.to(images), order.to(images.device)
     weights = torch.tensor(GREY, device=images.device, dtype=images.dtype).view(1, 3, 1, 1)
     for turn in range(3):

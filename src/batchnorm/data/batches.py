@@ -1,15 +1,59 @@
 """Which examples meet in which batch, and how bytes become a network's input."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+Drawn = TypeVar("Drawn")
+
 Shuffle = Literal["all", "shards+within", "shards", "within", "none"]
 """What changes from epoch to epoch: the order of all examples; that of shards and of the examples within
 each; of one of the two alone; nothing."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one of several processes takes of a batch."""
+
+    places: Tensor
+    """int64, shape (n,): where its examples stand in the batch, from micro-batch to micro-batch."""
+    sizes: tuple[int, ...]
+    """How many of them are in each micro-batch."""
+    total: int
+    """Examples in the batch."""
+
+    @classmethod
+    def of(cls, total: int, rank: int = 0, world_size: int = 1, num_parts: int = 1) -> "Share":
+        """The contiguous part that a rank takes of each micro-batch; none of the two need divide evenly.
+
+        Micro-batches are the same whatever the number of ranks.
+
+        Args:
+            total: Examples in the batch, over all ranks.
+            rank: This process among those that train together.
+            world_size: Their number.
+            num_parts: Micro-batches, which follow each other in the batch.
+        """
+        ranges = []
+        for part in range(num_parts):
+            first, end = total * part // num_parts, total * (part + 1) // num_parts
+            mine = ((end - first) * each // world_size for each in (rank, rank + 1))
+            ranges.append(range(*(first + place for place in mine)))
+        places = torch.tensor([place for each in ranges for place in each], dtype=torch.int64)
+        return cls(places, tuple(map(len, ranges)), total)
+
+    def take(self, draws: Tensor, dim: int = 0) -> Tensor:
+        """What was drawn for this part, out of what was drawn for every example of the batch."""
+        return draws.index_select(dim, self.places)
+
+    def choose(self, draws: Sequence[Drawn]) -> list[Drawn]:
+        """As `take`, out of a list."""
+        return [draws[place] for place in self.places.tolist()]
 
 
 def _generator(seed: int, epoch: int) -> torch.Generator:

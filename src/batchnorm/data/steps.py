@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from batchnorm.data.batches import Shuffle, step_indices
+from batchnorm.data.batches import Share, Shuffle, step_indices
 from batchnorm.data.crops import Crop, evaluation_crops, random_area_box
 from batchnorm.data.decode import BadImage, read_crop, read_crops
 from batchnorm.data.folders import ImageSet
@@ -111,6 +111,8 @@ class TrainingBatches(Batches):
     mirror: bool
     rank: int
     world_size: int
+    num_parts: int
+    stride: int
 
     def __len__(self) -> int:
         return self.num_steps
@@ -118,15 +120,15 @@ class TrainingBatches(Batches):
     def numbers(self, number: int) -> tuple[int, list[int]]:
         """The epoch of a step, and this rank's part of its images."""
         epoch, numbers = step_indices(
-            self.start_step + number,
+            self.start_step + number * self.stride,
             self.batch_size,
             len(self.images),
             self.seed,
             shards=self.images.shards,
             shuffle=self.shuffle,
         )
-        part = self.batch_size // self.world_size
-        return epoch, numbers[self.rank * part : (self.rank + 1) * part].tolist()
+        share = Share.of(self.batch_size, self.rank, self.world_size, self.num_parts)
+        return epoch, share.take(numbers).tolist()
 
     def make(self, number: int, decoder: Decoder) -> Batch:
         """Crop and mirror at random; images of the next numbers stand in for bad ones."""
@@ -142,7 +144,8 @@ class TrainingBatches(Batches):
                     break
             else:
                 raise BadImages(f"None of the {len(self.images)} images can be decoded: {decoder.bad[0]}")
-        return Batch(pixels, torch.from_numpy(self.images.labels[shown]), torch.tensor(shown))
+        numbers = torch.tensor(shown, dtype=torch.int64)
+        return Batch(pixels, torch.from_numpy(self.images.labels[numbers.numpy()]), numbers)
 
 
 @dataclass(frozen=True, kw_only=True)

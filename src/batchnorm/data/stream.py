@@ -128,6 +128,8 @@ def training_stream(
     mirror: bool = True,
     rank: int = 0,
     world_size: int = 1,
+    num_parts: int = 1,
+    stride: int = 1,
     num_workers: int = 0,
     prefetch: int = 4,
     pin_memory: bool = False,
@@ -135,7 +137,7 @@ def training_stream(
 ) -> Stream:
     """Randomly cropped and mirrored batches of the steps from ``start_step`` on.
 
-    The images of a step are those of `step_indices`; each rank gets an equal contiguous part. Box and
+    The images of a step are those of `step_indices`; each rank gets its `Share` of them. Box and
     mirroring of an image depend on seed, epoch and the image's number alone. So the pixels of a step are
     the same for any number of workers and ranks, before and after a resume.
 
@@ -146,13 +148,15 @@ def training_stream(
         images: Folder or shards.
         start_step: First step, counted from 0 over the whole training.
         num_steps: How many; then the stream ends.
-        batch_size: Images of a step over all ranks; a multiple of ``world_size``.
+        batch_size: Images of a step over all ranks.
         size: Side of the crops, pixels.
         seed: Of order, boxes and mirroring.
         shuffle: See `shuffled_order`.
         mirror: Whether half of the crops are mirrored, left to right; the boxes are the same either way.
         rank: This process among those that train together.
         world_size: Their number.
+        num_parts: Micro-batches of a step, of each of which a rank gets a part.
+        stride: From one batch of the stream to the next: 2 makes those of every other step.
         num_workers: Processes that decode; 0 decodes in this one.
         prefetch: Batches that each worker keeps ready.
         pin_memory: Put batches where a GPU can fetch them without waiting.
@@ -167,13 +171,10 @@ def training_stream(
         BadImages: While iterating: too many images are bad; the message lists them.
     """
     _check_world(rank, world_size, size, num_workers)
-    if batch_size % world_size:
-        raise ValueError(
-            f"batch_size is that of all ranks and must be a multiple of their number, got {batch_size} "
-            f"images and {world_size} ranks."
-        )
     if num_steps < 0:
         raise ValueError(f"num_steps must not be negative, got {num_steps}.")
+    if num_parts < 1 or stride < 1:
+        raise ValueError(f"num_parts and stride must be at least 1, got {num_parts} and {stride}.")
     batches = TrainingBatches(
         images=images,
         start_step=start_step,
@@ -185,6 +186,8 @@ def training_stream(
         mirror=mirror,
         rank=rank,
         world_size=world_size,
+        num_parts=num_parts,
+        stride=stride,
     )
     batches.numbers(0)  # What does not fit is told now, by this process.
     return Stream(
@@ -202,6 +205,7 @@ def evaluation_stream(
     size: int,
     crops: Literal[1, 10, 144] = 1,
     batch_size: int = 32,
+    num_images: int = 0,
     rank: int = 0,
     world_size: int = 1,
     num_workers: int = 0,
@@ -219,6 +223,7 @@ def evaluation_stream(
         size: Side of the crops, pixels.
         crops: Of each image.
         batch_size: Images (not crops) of a batch of this rank.
+        num_images: Only the first so many of the set; 0 for all.
         rank: This process among those that evaluate together.
         world_size: Their number.
         num_workers: Processes that decode; 0 decodes in this one.
@@ -237,7 +242,10 @@ def evaluation_stream(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1 image, got {batch_size}.")
     evaluation_crops(size, size, crops, size)
-    first, end = (len(images) * part // world_size for part in (rank, rank + 1))
+    if num_images < 0:
+        raise ValueError(f"num_images must not be negative, got {num_images}.")
+    total = min(num_images or len(images), len(images))
+    first, end = (total * part // world_size for part in (rank, rank + 1))
     return Stream(
         EvaluationBatches(images=images, crops=crops, size=size, batch_size=batch_size, first=first, end=end),
         num_workers=num_workers,

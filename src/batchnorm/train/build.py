@@ -8,14 +8,15 @@ import torch
 from torch import nn
 
 from batchnorm.models import inception, mlp
-from batchnorm.surgery import accelerate, insert
+from batchnorm.surgery import accelerate, convert, insert
 from batchnorm.train.recipe import InceptionRecipe, MLPRecipe, Recipe
 
 
 def build_model(recipe: Recipe, image_shape: tuple[int, ...], num_classes: int) -> nn.Module:
     """The recipe's network with its initial weights, in training mode on the CPU.
 
-    Networks with and without `normalize` begin with the same weights.
+    Networks with and without `normalize` begin with the same weights. With `sync_bn` the layers share
+    batches with the other ranks of the default process group, if there is one.
 
     Args:
         recipe: What to build.
@@ -27,8 +28,19 @@ def build_model(recipe: Recipe, image_shape: tuple[int, ...], num_classes: int) 
             nonlinearity could not get it.
     """
     if isinstance(recipe, InceptionRecipe):
-        return _inception(recipe, image_shape, num_classes)
-    assert isinstance(recipe, MLPRecipe)
+        model = _inception(recipe, image_shape, num_classes)
+    else:
+        assert isinstance(recipe, MLPRecipe)
+        model = _mlp(recipe, image_shape, num_classes)
+    if not recipe.sync_bn:
+        return model
+    model, report = convert(model, to="synced")
+    if report.refusals:
+        raise ValueError(f"sync_bn: not every layer of {recipe.model} can be synchronized.\n{report}")
+    return model
+
+
+def _mlp(recipe: MLPRecipe, image_shape: tuple[int, ...], num_classes: int) -> nn.Module:
     if len(image_shape) != 2:
         raise ValueError(
             f"the recipe's network, {recipe.model}, takes grey images of shape (H, W), and these have shape "

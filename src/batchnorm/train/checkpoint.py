@@ -12,9 +12,10 @@ from typing import Any
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from batchnorm import files
+from batchnorm.train.ranks import Ranks
 
 FORMAT = 1
 NUM_KEPT = 2
@@ -98,6 +99,33 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
         except ValueError as error:
             warnings.warn(f"Passing over a checkpoint: {error}", stacklevel=2)
     return None
+
+
+def share_checkpoint(ranks: Ranks, checkpoint: Checkpoint | None) -> Checkpoint | None:
+    """What rank 0 has read, on all ranks: the others may be on machines that do not see its folder."""
+    if ranks.num == 1:
+        return checkpoint
+    parts = [b"", b"", b""]
+    if checkpoint is not None:
+        facts = {"step": checkpoint.step, "facts": dict(checkpoint.facts)}
+        parts = [
+            to_safetensors(checkpoint.model),
+            to_safetensors(checkpoint.training),
+            files.to_json(facts),
+        ]
+    model, training, told = (ranks.broadcast(part) for part in parts)
+    if not told:
+        return None
+    said = json.loads(told)
+    load = safetensors.torch.load
+    return Checkpoint(said["step"], load(model), load(training), said["facts"])
+
+
+def share_state(ranks: Ranks, model: nn.Module) -> None:
+    """Load into every rank's model what rank 0's holds, in place."""
+    if ranks.num > 1:
+        whole = ranks.broadcast(to_safetensors(model.state_dict()) if ranks.is_first else None)
+        model.load_state_dict(safetensors.torch.load(whole))
 
 
 def find_checkpoint(folder: Path, which: str) -> Path:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from batchnorm.train.inputs import Crops
 from batchnorm.train.predictions import mean_log_probabilities, run_predictions
+from batchnorm.train.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,24 @@ class RunScores:
     """Top-1 accuracy of each class by its name, 0 to 1; empty unless asked for."""
 
 
-def score(log_probabilities: Tensor, labels: np.ndarray) -> Scores:
+def score(log_probabilities: Tensor, labels: np.ndarray, ranks: Ranks = ALONE) -> Scores:
     """Compare log-probabilities, shape (N, classes), with labels, shape (N,).
 
     With fewer than five classes, top-5 looks at all of them and is 1.
+
+    Args:
+        log_probabilities: Of this rank's examples; with several ranks N may be 0.
+        labels: Theirs.
+        ranks: Whose examples are scored together.
     """
     truth = torch.from_numpy(labels)
     ranked = log_probabilities.topk(min(5, log_probabilities.shape[1]), dim=1).indices == truth[:, None]
+    if ranks.num > 1:
+        loss = nn.functional.nll_loss(log_probabilities, truth, reduction="sum")
+        here = torch.stack([ranked[:, 0].double().sum(), ranked.any(dim=1).double().sum(), loss])
+        *sums, total = ranks.sum(torch.cat([here, torch.tensor([len(labels)])]).double()).tolist()
+        top1, top5, loss = (each / total for each in sums)
+        return Scores(top1=top1, top5=top5, loss=loss, num_examples=int(total))
     return Scores(
         top1=ranked[:, 0].double().mean().item(),
         top5=ranked.any(dim=1).double().mean().item(),

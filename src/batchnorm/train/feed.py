@@ -10,11 +10,13 @@ from torch import Tensor
 from batchnorm.data import (
     ImageData,
     ImageFiles,
+    Share,
     epoch_order,
     num_cores,
     step_indices,
 )
 from batchnorm.train.inputs import Crops, evaluation_input, training_input, views
+from batchnorm.train.ranks import ALONE, Ranks
 from batchnorm.train.recipe import InceptionRecipe, MLPRecipe, Recipe
 
 Data = ImageData | ImageFiles
@@ -37,16 +39,22 @@ class Part(NamedTuple):
 
 
 class Feed(Protocol):
-    """Where the trainer's batches come from."""
+    """Where the trainer's batches come from: of one rank, its part of each."""
 
+    share: Share
+    """Which places of a step's batch are this rank's, and in which micro-batch."""
     statistics_method: str
     """How `batchnorm.recalibrate` shall use `statistics`."""
 
     def training(self, start_step: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Input and labels of every step from ``start_step`` on."""
+        """Input and labels of every step from ``start_step`` on, of all its micro-batches together."""
 
     def statistics(self) -> Iterator[Tensor]:
-        """Input from the training set for population statistics: a fixed choice."""
+        """Input from the training set for population statistics: a fixed choice.
+
+        Where batches are normalized by themselves, whole ones go to the ranks in turn, so that the
+        statistics are those of one process.
+        """
 
     def test(self, crops: Crops = 1, num_examples: int = 0) -> Iterator[Part]:
         """Views of the test set.
@@ -61,21 +69,28 @@ class Feed(Protocol):
         """Names of images that could not be decoded so far, and why."""
 
 
-def feed_of(recipe: Recipe, data: Data, device: torch.device, num_workers: int | None = None) -> Feed:
+def feed_of(
+    recipe: Recipe,
+    data: Data,
+    device: torch.device,
+    num_workers: int | None = None,
+    ranks: Ranks = ALONE,
+) -> Feed:
     """What a recipe's training on some data is fed with.
 
     Args:
         recipe: Order, batch size, random changes.
         data: In memory or on disk.
         device: Where batches shall be.
-        num_workers: Processes that decode images on disk; None is one for each core but one, and 0 decodes
-            in this process.
+        num_workers: Processes that decode images on disk; None is one for each core but one, shared with
+            the other ranks of this machine, and 0 decodes in this process.
+        ranks: That train together; each is fed its part.
 
     Raises:
         ValueError: Recipe and data do not fit.
     """
     if isinstance(data, ImageData):
-        return MemoryFeed(recipe, data, device)
+        return MemoryFeed(recipe, data, device, ranks)
     if not isinstance(recipe, InceptionRecipe) or recipe.crops != "area":
         raise ValueError(
             "images on disk have all sizes and are cut by area: use an Inception recipe with crops area, "
@@ -87,8 +102,26 @@ def feed_of(recipe: Recipe, data: Data, device: torch.device, num_workers: int |
             f"not {recipe.shard_size}; batchnorm shards --per-shard packs others."
         )
     if num_workers is None:
-        num_workers = max(1, num_cores() - 1)
-    return FilesFeed(recipe, data, device, num_workers)
+        num_workers = max(1, num_cores() // ranks.num_local - 1)
+    return FilesFeed(recipe, data, device, num_workers, ranks)
+
+
+def share_of(recipe: Recipe, ranks: Ranks) -> Share:
+    """What a rank takes of each step's batch.
+
+    Raises:
+        ValueError: A rank would have a single example to normalize.
+    """
+    total = recipe.batch_size * (ranks.num if recipe.batch_per_rank else 1)
+    # The smallest part of all ranks, so that all of them fail.
+    fewest = min(min(Share.of(total, rank, ranks.num, recipe.accumulate).sizes) for rank in range(ranks.num))
+    if recipe.normalize and not recipe.sync_bn and fewest < 2:
+        raise ValueError(
+            f"batch_size: of {total} examples a step on {ranks.num} ranks with accumulate "
+            f"{recipe.accumulate}, some rank normalizes {fewest} at a time, and one example has no variance. "
+            "Take a larger batch, fewer ranks, or sync_bn, which normalizes over all ranks."
+        )
+    return Share.of(total, ranks.rank, ranks.num, recipe.accumulate)
 
 
 class MemoryFeed:
@@ -98,10 +131,12 @@ class MemoryFeed:
         recipe: Order, batch size, random changes.
         data: Images and labels.
         device: Where they shall be.
+        ranks: That train together.
     """
 
-    def __init__(self, recipe: Recipe, data: ImageData, device: torch.device) -> None:
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, data: ImageData, device: torch.device, ranks: Ranks = ALONE) -> None:
+        self.recipe, self._ranks = recipe, ranks
+        self.share = share_of(recipe, ranks)
         self._images = torch.from_numpy(data.train_images).to(device)
         self._labels = torch.from_numpy(data.train_labels).to(device)
         self._test_images = torch.from_numpy(data.test_images).to(device)
@@ -115,23 +150,28 @@ class MemoryFeed:
         self._indices(0)  # A batch that never fits fails here.
 
     def _indices(self, step: int) -> Tensor:
-        recipe = self.recipe
-        num = len(self._images)
-        return step_indices(step, recipe.batch_size, num, recipe.seed, self._shards, recipe.shuffle)[1]
+        recipe, num = self.recipe, len(self._images)
+        return step_indices(step, self.share.total, num, recipe.seed, self._shards, recipe.shuffle)[1]
 
     def training(self, start_step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """As `Feed.training`."""
         for step in range(start_step, self.recipe.steps):
-            indices = self._indices(step).to(self._images.device)
-            yield training_input(self.recipe, self._images[indices], step), self._labels[indices]
+            indices = self.share.take(self._indices(step)).to(self._images.device)
+            x = training_input(self.recipe, self._images[indices], step, share=self.share)
+            yield x, self._labels[indices]
 
     def statistics(self) -> Iterator[Tensor]:
         """Training images as evaluation sees them, the first of an epoch's order."""
         recipe, num = self.recipe, len(self._images)
         num_examples = min(recipe.recalibrate_examples or num, num)
         chosen = epoch_order(0, num, recipe.seed)[:num_examples].to(self._images.device)
-        for part in chosen.split(self._at_once):
-            yield evaluation_input(recipe, self._images[part])
+        if self.statistics_method == "exact":
+            mine = chosen[self._ranks.part(num_examples)].split(self._at_once)
+        else:
+            mine = chosen.split(self._at_once)[self._ranks.rank :: self._ranks.num]
+        for part in mine:
+            if len(part):
+                yield evaluation_input(recipe, self._images[part])
 
     def test(self, crops: Crops = 1, num_examples: int = 0) -> Iterator[Part]:
         """As `Feed.test`. One crop is the image as it is, which has the network's size already.
@@ -142,8 +182,9 @@ class MemoryFeed:
         recipe = self.recipe
         if crops != 1 and not isinstance(recipe, InceptionRecipe):
             raise ValueError(f"{recipe.model} sees whole images only: use 1 crop, not {crops}.")
-        for start in range(0, num_examples or len(self._test_labels), self._at_once):
-            part = slice(start, min(start + self._at_once, num_examples or len(self._test_labels)))
+        mine = self._ranks.part(min(num_examples or len(self._test_labels), len(self._test_labels)))
+        for start in range(mine.start, mine.stop, self._at_once):
+            part = slice(start, min(start + self._at_once, mine.stop))
             yield Part(views(recipe, self._test_images[part], crops), self._test_labels[part])
 
 
@@ -155,28 +196,47 @@ class FilesFeed:
         data: Where the images are.
         device: Where batches shall be.
         num_workers: Processes that decode.
+        ranks: That train together.
     """
 
     def __init__(
-        self, recipe: InceptionRecipe, data: ImageFiles, device: torch.device, num_workers: int
+        self,
+        recipe: InceptionRecipe,
+        data: ImageFiles,
+        device: torch.device,
+        num_workers: int,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.recipe, self._data, self._device, self._num_workers = recipe, data, device, num_workers
+        self._ranks = ranks
+        self.share = share_of(recipe, ranks)
         self.statistics_method = "pooled"
         self.bad_images: list[str] = []
 
     def training(self, start_step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """As `Feed.training`."""
-        for step, images, labels in self._steps(start_step, self.recipe.steps - start_step):
-            yield training_input(self.recipe, images, step, cropped=True), labels
+        recipe, ranks = self.recipe, self._ranks
+        steps = self._steps(
+            start_step,
+            recipe.steps - start_step,
+            batch_size=self.share.total,
+            rank=ranks.rank,
+            world_size=ranks.num,
+            num_parts=recipe.accumulate,
+        )
+        for step, (images, labels) in enumerate(steps, start=start_step):
+            yield training_input(recipe, images, step, cropped=True, share=self.share), labels
 
     def statistics(self) -> Iterator[Tensor]:
         """The first mini-batches of training, cropped likewise and not distorted."""
         num_examples = self.recipe.recalibrate_examples or len(self._data.train)
         num_steps = max(1, min(num_examples, len(self._data.train)) // self.recipe.batch_size)
-        for _, images, _ in self._steps(0, num_steps):
+        first, stride = self._ranks.rank, self._ranks.num
+        num_mine = len(range(first, num_steps, stride))
+        for images, _ in self._steps(first, num_mine, batch_size=self.recipe.batch_size, stride=stride):
             yield evaluation_input(self.recipe, images)
 
-    def _steps(self, start_step: int, num_steps: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def _steps(self, start_step: int, num_steps: int, **which: int) -> Iterator[tuple[Tensor, Tensor]]:
         # Decoding needs Pillow, which data in memory do without.
         from batchnorm.data.stream import training_stream
 
@@ -185,38 +245,36 @@ class FilesFeed:
             self._data.train,
             start_step=start_step,
             num_steps=num_steps,
-            batch_size=recipe.batch_size,
             size=recipe.image_size,
             seed=recipe.seed,
             shuffle=recipe.shuffle,
             mirror=recipe.mirror,
             num_workers=self._num_workers,
             pin_memory=self._device.type == "cuda",
+            **which,
         ) as stream:
-            for step, batch in enumerate(stream, start=start_step):
+            for batch in stream:
                 self._note(stream.bad)
-                yield step, batch.images.to(self._device, non_blocking=True), batch.labels.to(self._device)
+                yield batch.images.to(self._device, non_blocking=True), batch.labels.to(self._device)
 
     def test(self, crops: Crops = 1, num_examples: int = 0) -> Iterator[Part]:
         """As `Feed.test`, without images that cannot be decoded."""
         from batchnorm.data.stream import evaluation_stream
 
-        left = num_examples or len(self._data.val)
         with evaluation_stream(
             self._data.val,
             size=self.recipe.image_size,
             crops=crops,
             batch_size=BATCH_FILES,
+            num_images=num_examples,
+            rank=self._ranks.rank,
+            world_size=self._ranks.num,
             num_workers=self._num_workers,
             pin_memory=self._device.type == "cuda",
         ) as stream:
             for batch in stream:
                 self._note(stream.bad)
-                images, labels = batch.images[:left], batch.labels[:left].numpy()
-                left -= len(labels)
-                yield Part(self._views(images), labels)
-                if left <= 0:
-                    return
+                yield Part(self._views(batch.images), batch.labels.numpy())
 
     def _views(self, images: Tensor) -> Iterator[Tensor]:
         for view in images.unbind(1):

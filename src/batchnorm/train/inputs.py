@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.data import (
+    Share,
     crop_batch,
     crop_each,
     distort,
@@ -35,27 +36,30 @@ def evaluation_input(recipe: Recipe, images: Tensor) -> Tensor:
     return _for_network(to_input(images))
 
 
-def training_input(recipe: Recipe, images: Tensor, step: int, *, cropped: bool = False) -> Tensor:
-    """Like `evaluation_input`, with the recipe's random changes: a function of seed and step.
+def training_input(
+    recipe: Recipe, images: Tensor, step: int, *, cropped: bool = False, share: Share | None = None
+) -> Tensor:
+    """Like `evaluation_input`, with the recipe's random changes: a function of seed, step and place.
 
     Args:
         recipe: Of either kind.
         images: As above.
         step: Counted from 0.
         cropped: Whether they are cropped and mirrored already, as those of a stream are.
+        share: Which part of the step's batch they are, and are changed like; None: all of it.
     """
-    if not isinstance(recipe, InceptionRecipe):
+    if not isinstance(recipe, InceptionRecipe) or not len(images):
         return evaluation_input(recipe, images)
     mixed = np.random.SeedSequence([recipe.seed, step, 1]).generate_state(2, np.uint64)
     generator = torch.Generator().manual_seed(int(mixed[0] >> 1))
     if not cropped and recipe.crops != "area":
         reach = _reach(images) if recipe.crops == "shift" else 0
-        images = shift_and_mirror(images, generator, reach=reach, mirror=recipe.mirror)
+        images = shift_and_mirror(images, generator, reach=reach, mirror=recipe.mirror, share=share)
     levels = to_input(images)
     if not cropped and recipe.crops == "area":
-        levels = _random_areas(levels, np.random.default_rng(mixed[1]), mirror=recipe.mirror)
+        levels = _random_areas(levels, np.random.default_rng(mixed[1]), mirror=recipe.mirror, share=share)
     if recipe.distortion:
-        levels = distort(levels, generator, strength=recipe.distortion)
+        levels = distort(levels, generator, strength=recipe.distortion, share=share)
     return _for_network(levels)
 
 
@@ -109,10 +113,15 @@ def _reach(images: Tensor) -> int:
     return images.shape[-1] // 8
 
 
-def _random_areas(levels: Tensor, random: np.random.Generator, *, mirror: bool) -> Tensor:
+def _random_areas(
+    levels: Tensor, random: np.random.Generator, *, mirror: bool, share: Share | None
+) -> Tensor:
     height, width = levels.shape[-2:]
-    boxes = [random_area_box(width, height, random) for _ in levels]
-    mirrored = [bool(flip) and mirror for flip in random.integers(0, 2, len(levels))]
+    total = len(levels) if share is None else share.total
+    boxes = [random_area_box(width, height, random) for _ in range(total)]
+    mirrored = [bool(flip) and mirror for flip in random.integers(0, 2, total)]
+    if share is not None:
+        boxes, mirrored = share.choose(boxes), share.choose(mirrored)
     return crop_each(levels, boxes, mirrored, width)
 
 

@@ -55,6 +55,9 @@ def predict(model: nn.Module, parts: Iterable[Part]) -> Predictions:
         each = torch.stack([model(view).double().cpu().log_softmax(1) for view in part.views])
         said.append(mean_log_probabilities(each))
         labels.append(part.labels)
+    if not said:
+        # A rank among more than there are images; two classes, so that the shape can be used.
+        return Predictions(torch.zeros(0, 2, dtype=torch.float64), np.zeros(0, dtype=np.int64))
     return Predictions(torch.cat(said), np.concatenate(labels))
 
 

@@ -10,6 +10,9 @@ from batchnorm.data import Shuffle
 
 MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
 
+LATER: dict[str, Any] = {"accumulate": 1, "batch_per_rank": False, "sync_bn": False}
+"""What recipe.json lacks of runs that were begun before there were these fields: as they were trained."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -23,7 +26,14 @@ class Recipe:
     normalize: bool = False
     """Put Batch Normalization directly before each nonlinearity (Algorithm 2)."""
     batch_size: int = 60
-    """Examples in one step."""
+    """Examples in one step, over all ranks: their number changes nothing (unless batch_per_rank)."""
+    batch_per_rank: bool = False
+    """Take batch_size for that of each rank, so that n ranks learn from n times as many examples a step."""
+    accumulate: int = 1
+    """Micro-batches of a step, computed one after the other to save memory: the gradient is that of the whole
+    batch; Batch Normalization takes the moments of each, and its running statistics move once."""
+    sync_bn: bool = False
+    """Normalize by the moments of the batch over all ranks instead of each rank's own part."""
     steps: int = 50_000
     """Steps of the whole training."""
     optimizer: Literal["sgd", "adagrad", "adam"] = "sgd"
@@ -74,6 +84,7 @@ class Recipe:
                 _check_type(name, kind, getattr(self, name))
         for name in (
             "batch_size",
+            "accumulate",
             "steps",
             "log_every",
             "eval_every",
@@ -98,6 +109,13 @@ class Recipe:
             self.batch_size >= 2 or not self.normalize,
             "at least 2 with normalize, as one example has no variance",
         )
+        self.require(
+            "accumulate",
+            self.accumulate * (2 if self.normalize else 1) <= self.batch_size,
+            f"small enough for {'two examples' if self.normalize else 'an example'} in each micro-batch of "
+            f"{self.batch_size} in all",
+        )
+        self.require("sync_bn", self.normalize or not self.sync_bn, "false without normalize")
 
     def require(self, name: str, holds: bool, needed: str) -> None:
         """Raise a ValueError that says what field ``name`` must be, unless it ``holds``."""
@@ -115,6 +133,8 @@ class Recipe:
     def from_json(cls, values: Mapping[str, Any]) -> "Recipe":
         """The recipe that `to_json` wrote, of the kind that its ``model`` says.
 
+        Fields in `LATER` may be missing.
+
         Raises:
             ValueError: A field is missing or unknown, or its value is not allowed.
         """
@@ -129,6 +149,7 @@ class Recipe:
                 f"The recipe has fields that this version does not know: {', '.join(unknown)}. "
                 f"Known are {', '.join(sorted(known))}; use the version that wrote it."
             )
+        values = LATER | dict(values)
         if missing := sorted(known - set(values)):
             raise ValueError(f"The recipe lacks {', '.join(missing)}; use the version that wrote it.")
         return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})

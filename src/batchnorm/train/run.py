@@ -37,7 +37,9 @@ DATA_FACTS = {"name", "image_shape", "num_train", "num_test", "sha256"}
 
 
 @contextmanager
-def open_run(folder: Path, recipe: Recipe, data: Data, device: torch.device) -> Iterator[Path]:
+def open_run(
+    folder: Path, recipe: Recipe, data: Data, device: torch.device, *, num_ranks: int = 1
+) -> Iterator[Path]:
     """Make the folder of a new run, or check that the one there is this recipe's, and hold it alone.
 
     Args:
@@ -45,6 +47,7 @@ def open_run(folder: Path, recipe: Recipe, data: Data, device: torch.device) -> 
         recipe: What is about to be trained.
         data: On what.
         device: Where.
+        num_ranks: On how many ranks.
 
     Yields:
         `folder`, with recipe.json and environment.json written.
@@ -70,7 +73,7 @@ def open_run(folder: Path, recipe: Recipe, data: Data, device: torch.device) -> 
         else:
             written = {"format": FORMAT, "recipe": recipe.to_json(), "data": data_facts(data, recipe)}
             files.write_json(folder / RECIPE_FILE, written)
-        _write_environment(folder, device)
+        _write_environment(folder, environment(device, num_ranks))
         yield folder
 
 
@@ -166,7 +169,7 @@ def data_facts(data: Data, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+def environment(device: torch.device, num_ranks: int = 1) -> dict[str, Any]:
     """Versions and hardware that floating-point results may depend on."""
     packages = {name: version(name) for name in ("batchnorm", "torch", "numpy", "numba", "safetensors")}
     return {
@@ -177,6 +180,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "ranks": num_ranks,
     }
 
 
@@ -216,14 +220,17 @@ def _check_same(folder: Path, recipe: Recipe, data: Data) -> None:
         )
 
 
-def _write_environment(folder: Path, device: torch.device) -> None:
-    path, now = folder / ENVIRONMENT_FILE, environment(device)
+def _write_environment(folder: Path, now: dict[str, Any]) -> None:
+    path = folder / ENVIRONMENT_FILE
     earlier: Any = None
     if path.exists():
         try:
             earlier = json.loads(path.read_bytes())
         except ValueError:
             earlier = None
+    if isinstance(earlier, dict):
+        # Before there were several, nothing was said of them.
+        earlier = {"ranks": 1} | earlier
     if isinstance(earlier, dict) and earlier != now:
         changes = [
             f"{name} {earlier.get(name)} → {now[name]}" for name in now if earlier.get(name) != now[name]
