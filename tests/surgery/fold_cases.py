@@ -176,7 +176,7 @@ FOLDED = {
     "reflected": (lambda s: seq(nn.Conv2d(s.c, s.d, 3, **pads("reflect")), norm2(s.d)), images),
     "replicated": (lambda s: seq(nn.Conv2d(s.c, s.d, 3, **pads("replicate")), norm2(s.d)), images),
     "circular": (lambda s: seq(nn.Conv1d(s.c, s.d, 3, **pads("circular")), norm1(s.d)), texts),
-    "same": (lambda s: seq(nn.Conv2d(s.c, s.d, (2, 3), padding="same"), norm2(s.d)), images),
+    "same": (lambda s: seq(nn.Conv2d(s.c, s.d, (3, 5), padding="same"), norm2(s.d)), images),
     "linear": (lambda s: seq(nn.Linear(s.c, s.d), norm1(s.d)), rows),
     "linear, not affine": (lambda s: seq(nn.Linear(s.c, s.d), norm1(s.d, affine=False)), rows),
     "linear, features last": (
@@ -230,7 +230,7 @@ FOLDED = {
     "half of a chunk": (lambda s: Halves(s.c, s.d), images),
     "both halves, normalized after cat": (
         lambda s: Net(
-            lambda m, x: m.bn(torch.cat(torch.split(m.a(x), [1, 2 * s.d - 1], 1)[::-1], 1)),
+            lambda m, x: (lambda a, b: m.bn(torch.cat([b, a], 1)))(*torch.tensor_split(m.a(x), 2, 1)),
             a=nn.Conv2d(s.c, 2 * s.d, 1),
             bn=norm2(2 * s.d),
         ),

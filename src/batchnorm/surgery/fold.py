@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -11,8 +12,9 @@ from batchnorm.layers import Joined
 from batchnorm.surgery.examples import other_sizes, two_of
 from batchnorm.surgery.graph import Trace, Untraceable
 from batchnorm.surgery.kinds import is_normalization
+from batchnorm.surgery.lift import is_exported, lifted
 from batchnorm.surgery.models import as_args, check_example, check_model, copied
-from batchnorm.surgery.outcome import Change, Refusal, SurgeryReport, table
+from batchnorm.surgery.outcome import Change, Note, Refusal, SurgeryReport, table
 from batchnorm.surgery.plan import Draft, FoldProof, Plan, State, make_plan
 from batchnorm.surgery.proof import allowed, largest_difference, widened
 from batchnorm.surgery.region import built, prove
@@ -28,6 +30,7 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "tanh": nn.Tanh,
     "hardswish": nn.Hardswish,
 }
+_LIFTED = "the exported program's layers are modules again, and its checks of the inputs are left out"
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,8 @@ def fold(model: nn.Module, example: Tensor | tuple[Any, ...]) -> tuple[nn.Module
     user's.
 
     Args:
-        model: In evaluation mode; not changed.
+        model: In evaluation mode; not changed. Of an exported program its ``module()``: in the new model
+            its layers are modules again.
         example: An input tensor, or a tuple of positional arguments, on the model's device. The
             proof holds for forwards that take the same Python branches as on this example.
 
@@ -90,6 +94,11 @@ def fold(model: nn.Module, example: Tensor | tuple[Any, ...]) -> tuple[nn.Module
 
     Source: Ioffe & Szegedy (2015), Algorithm 2, line 11.
     """
+    if isinstance(model, torch.export.ExportedProgram):
+        raise TypeError("fold needs a torch.nn.Module: give program.module(), and export the result again")
+    notes: tuple[Note, ...] = ()
+    if is_exported(model):
+        model, notes = lifted(model), (Note("", _LIFTED),)
     check_model(model, "fold")
     args = as_args(example)
     _check_mode(model)
@@ -99,7 +108,7 @@ def fold(model: nn.Module, example: Tensor | tuple[Any, ...]) -> tuple[nn.Module
         traced = _traced(model, args)
     except Untraceable as why:
         reason = f"the model's forward cannot be traced ({why})"
-        return copied(model), FoldReport(refusals=tuple(Refusal(path, reason) for path in norms))
+        return copied(model), FoldReport(refusals=tuple(Refusal(path, reason) for path in norms), notes=notes)
 
     undone: dict[str, str] = {}
 
@@ -124,7 +133,7 @@ def fold(model: nn.Module, example: Tensor | tuple[Any, ...]) -> tuple[nn.Module
     refusals += _functions(traced)
     alone = tuple(plan.alone.values())
     return new, FoldReport(
-        tuple(changes), tuple(refusals), check=miss, folds=tuple(proofs.values()), alone=alone
+        tuple(changes), tuple(refusals), notes, check=miss, folds=tuple(proofs.values()), alone=alone
     )
 
 

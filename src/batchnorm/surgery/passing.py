@@ -48,6 +48,8 @@ _AVERAGING_MODULES = (
 _AVERAGING = {getattr(F, f"{kind}avg_pool{d}d"): d for kind in ("", "adaptive_") for d in (1, 2, 3)}
 _MAXING = {getattr(F, f"{kind}max_pool{d}d"): d for kind in ("", "adaptive_") for d in (1, 2, 3)}
 _MAX_POOLS = tuple(f"{kind}MaxPool{d}d" for kind in ("", "Adaptive") for d in (1, 2, 3))
+_AVERAGE_OPERATORS = {str(f.__name__): d for f, d in _AVERAGING.items()}
+_MAX_OPERATORS = {f"{kind}max_pool{d}d": d for kind in ("", "adaptive_") for d in (1, 2, 3)}
 _ADDING = (operator.add, operator.iadd, torch.add, "add", "add_")
 _SUBTRACTING = (operator.sub, operator.isub, torch.sub, "sub", "sub_")
 _MULTIPLYING = (operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply")
@@ -175,20 +177,30 @@ def _pads(trace: Trace, node: Node) -> str:
 def _name(node: Node) -> str:
     if node.op == "call_method":
         return str(node.target)
-    return getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+    # An operator's name has that of its overload behind a dot.
+    name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+    return name.split(".")[0] if isinstance(node.target, torch._ops.OpOverload) else name
+
+
+def _is(node: Node, spellings: tuple[object, ...]) -> bool:
+    return node.target in spellings or (
+        isinstance(node.target, torch._ops.OpOverload) and _name(node) in spellings
+    )
 
 
 def _kind(trace: Trace, node: Node) -> str:
     """``move``, ``keep``, ``sum``, ``number``, ``average``, ``max`` or ``other``."""
-    if "shape" not in node.meta or node.op not in ("call_module", "call_function", "call_method"):
+    if node.op not in ("call_module", "call_function", "call_method"):
+        return "other"
+    if not sources(node) or any("shape" not in value.meta for value in (node, *sources(node))):
         return "other"
     module = trace.module(node)
     if module is not None:
         return _kind_of_module(module, node)
     name = _name(node)
-    if node.target in _MAXING:
+    if node.target in _MAXING or name in _MAX_OPERATORS:
         return "max"
-    if node.target in _AVERAGING or name == "mean":
+    if node.target in _AVERAGING or name in ("mean", *_AVERAGE_OPERATORS):
         return "average"
     if node.target is F.interpolate:
         return "move" if _argument(node, 3, "mode", "nearest").startswith("nearest") else "average"
@@ -198,11 +210,11 @@ def _kind(trace: Trace, node: Node) -> str:
         return "keep"
     if name in _MOVING:
         return "move"
-    if node.target in _NEGATING:
+    if _is(node, _NEGATING):
         return "number"
-    if node.target in (*_ADDING, *_SUBTRACTING, *_MULTIPLYING, *_DIVIDING) and not node.kwargs:
+    if _is(node, (*_ADDING, *_SUBTRACTING, *_MULTIPLYING, *_DIVIDING)) and not node.kwargs:
         given = sources(node)
-        if len(given) == 2 and len(node.args) == 2 and node.target in (*_ADDING, *_SUBTRACTING):
+        if len(given) == 2 and len(node.args) == 2 and _is(node, (*_ADDING, *_SUBTRACTING)):
             return "sum"
         return "number" if len(given) == 1 and len(node.args) == 2 else "other"
     return "other"
@@ -305,7 +317,7 @@ def _check_keeps(trace: Trace, node: Node) -> None:
 
 def _straight(trace: Trace, node: Node) -> tuple[float, float]:
     """Gain and offset of a step that computes gain · x + offset."""
-    if node.target in _NEGATING:
+    if _is(node, _NEGATING):
         return -1.0, 0.0
     value = sources(node)[0]
     first = node.args[0] is value
@@ -314,14 +326,14 @@ def _straight(trace: Trace, node: Node) -> tuple[float, float]:
     if not isinstance(number, int | float) or isinstance(number, bool):
         raise Refused(f"{trace.describe(node)} is arithmetic with something that is no number")
     gain, offset = 1.0, 0.0
-    if node.target in _ADDING:
+    if _is(node, _ADDING):
         offset = float(number)
-    elif node.target in _SUBTRACTING:
+    elif _is(node, _SUBTRACTING):
         gain, offset = (1.0, -float(number)) if first else (-1.0, float(number))
-    elif node.target in _MULTIPLYING:
+    elif _is(node, _MULTIPLYING):
         gain = float(number)
     elif first and number:
-        gain = 1 / number
+        gain = 1 / float(number)
     else:
         gain = 0.0
     if not gain or not all(map(torch.isfinite, map(torch.tensor, (gain, offset)))):
@@ -342,8 +354,11 @@ def _pooled(node: Node, trace: Trace) -> list[int]:
     module = trace.module(node)
     if isinstance(module, nn.Upsample) or node.target is F.interpolate:
         return list(range(2, dims))
-    pools = {**_AVERAGING, **_MAXING}
-    spatial = int(type(module).__name__[-2]) if module is not None else pools[node.target]
+    if module is not None:
+        spatial = int(type(module).__name__[-2])
+    else:
+        by_name = {**_AVERAGE_OPERATORS, **_MAX_OPERATORS}
+        spatial = {**_AVERAGING, **_MAXING}.get(node.target) or by_name[_name(node)]
     return list(range(dims - spatial, dims))
 
 
