@@ -240,6 +240,14 @@ FOLDED = {
         lambda s: Net(lambda m, x: m.bn(m.a(x)[:, 1:]), a=nn.Conv2d(s.c, s.d + 1, 1), bn=norm2(s.d)),
         images,
     ),
+    "cropped": (
+        lambda s: two(
+            s,
+            lambda m, x: m.bn(torch.cat([m.a(x)[:, :, 1:], m.b(x)[..., :-1, :]], 1)),
+            lambda d: norm2(2 * d),
+        ),
+        images,
+    ),
     "residual sum": (lambda s: two(s, lambda m, x: m.bn(m.a(x) + m.b(x))), images),
     "difference": (lambda s: two(s, lambda m, x: m.bn(m.a(x) - m.b(x)).relu()), images),
     "sum in place": (lambda s: two(s, lambda m, x: m.bn(m.a(x).add_(m.b(x)))), images),

@@ -69,7 +69,7 @@ def test_exported_program_is_asked_for_its_module():
 
 def test_program_exported_in_training_mode():
     program = exported(Model().double().train(), X).module()
-    with pytest.raises(ValueError, match="exported in training mode: call model.eval"):
+    with pytest.raises(ValueError, match="exported in training mode"):
         bn.fold(program, X)
 
 
@@ -92,6 +92,25 @@ def test_exported_convolutions(kind):
     new, proof = bn.fold(exported(model, x).module(), x)
     assert len(proof.folds) == 1
     torch.testing.assert_close(new(x), model(x), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        nn.Upsample(scale_factor=2),
+        nn.Upsample(scale_factor=2, mode="bilinear"),
+        nn.ReflectionPad2d(1),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Dropout(),
+        nn.AvgPool2d(2),
+    ],
+    ids=lambda m: type(m).__name__,
+)
+def test_exported_steps_between(between):
+    model = seq(nn.Conv2d(3, 4, 3), between, norm2(4)).double().eval()
+    new, proof = bn.fold(exported(model, X).module(), X)
+    assert [p.affine for p in proof.folds] == ["0"]
+    torch.testing.assert_close(new(X), model(X), rtol=1e-11, atol=1e-11)
 
 
 def test_normalization_that_is_a_function():
@@ -307,7 +326,7 @@ def test_multiply_add(layer, shape, activation):
 def test_multiply_add_learns_as_the_layer_did():
     layer = trained(nn.BatchNorm2d(3)).eval()
     layer.weight.requires_grad_(False)
-    new, _ = bn.fold(seq(nn.ReLU(), layer), X.float())
+    new, _ = bn.fold(seq(nn.ReLU(), layer).eval(), X.float())
     assert not new[1].scale.requires_grad
     x = X.float().requires_grad_()
     new[1](x).square().sum().backward()
@@ -345,9 +364,12 @@ def test_maps_compose_and_move():
     step = apply(one, value).permute(2, 0, 1).flatten(1)[:, 1:]
     torch.testing.assert_close(apply(moved, value.permute(2, 0, 1).flatten(1)[:, 1:]), step)
     (back,) = moved.before(origin, [shape])
-    changed = apply(back, value)
-    torch.testing.assert_close(changed.permute(2, 0, 1).flatten(1)[:, 1:], step)
-    assert changed.flatten()[0] == value.flatten()[0], "what the step leaves out is untouched"
-    assert one.before(torch.arange(24).view(shape), [shape])[0].varies == [1]
+    for seen in (True, False):
+        changed = apply(back.settled(seen=seen), value)
+        torch.testing.assert_close(changed.permute(2, 0, 1).flatten(1)[:, 1:], step)
+        untouched = changed.flatten()[0] == value.flatten()[0]
+        assert untouched == seen, "what the step leaves out is free, if nothing else looks at it"
+    assert back.settled(seen=False).varies == [1]
+    assert back.settled(seen=True).varies == [0, 1]
     assert random(2).before(torch.zeros(2, 4, 3, dtype=torch.long), [(1,)]) is None
     assert each(4).shape == (4,)

@@ -8,6 +8,8 @@ from torch import Tensor
 
 _UNTOUCHED = -1
 """In an index: the entry stays as it is."""
+_FREE = -2
+"""In an index that is not settled: a step leaves the entry out, so that any map will do."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +50,7 @@ class Diagonal:
     @property
     def is_identity(self) -> bool:
         """Whether it leaves every entry as it is."""
-        return bool((self.index == _UNTOUCHED).all())
+        return bool((self.index < 0).all())
 
     @property
     def varies(self) -> list[int]:
@@ -85,7 +87,7 @@ class Diagonal:
     # Through a step that moves entries: `origin` tells for each place of its output from where.
 
     def before(self, origin: Tensor, shapes: Sequence[Sequence[int]]) -> list["Diagonal"] | None:
-        """The maps of a step's inputs that amount to this one of its output.
+        """The maps of a step's inputs that amount to this one of its output, not `settled` yet.
 
         Args:
             origin: Shape of the output; places in the inputs' entries, laid end to end.
@@ -96,12 +98,27 @@ class Diagonal:
         """
         wanted = self.index.expand(origin.shape).flatten()
         sizes = [torch.Size(shape).numel() for shape in shapes]
-        index = torch.full((sum(sizes),), _UNTOUCHED)
+        index = torch.full((sum(sizes),), _FREE)
         index[origin.flatten()] = wanted
         if not torch.equal(index[origin.flatten()], wanted):
             return None
         pieces = zip(index.split(sizes), shapes, strict=True)
-        return [Diagonal(self.scale, self.shift, _short(piece.view(shape))) for piece, shape in pieces]
+        return [self.like(piece.view(shape)) for piece, shape in pieces]
+
+    def settled(self, *, seen: bool) -> "Diagonal":
+        """The map with those entries decided on that a step leaves out.
+
+        Args:
+            seen: Whether something else looks at them: then they stay as they are. If nothing does,
+                they get what makes the map vary least.
+        """
+        index = self.index.where(self.index != _FREE, _UNTOUCHED) if seen else self.index
+        for dim in range(index.dim()):
+            # Numbers of maps are above that of what is free.
+            most = index.amax(dim, keepdim=True)
+            if ((index == most) | (index == _FREE)).all():
+                index = most
+        return self.like(index.where(index != _FREE, _UNTOUCHED).contiguous())
 
     def after(self, origin: Tensor, shapes: Sequence[Sequence[int]], inputs: Sequence[int]) -> "Diagonal":
         """The map of a step's output when the inputs numbered ``inputs`` have this one, and no others.
@@ -115,16 +132,8 @@ class Diagonal:
             (self.index.expand(shape) if i in inputs else torch.full(shape, _UNTOUCHED)).flatten()
             for i, shape in enumerate(map(tuple, shapes))
         ]
-        return Diagonal(self.scale, self.shift, _short(torch.cat(pieces)[origin]))
+        return self.like(torch.cat(pieces)[origin]).settled(seen=True)
 
     def like(self, index: Tensor) -> "Diagonal":
         """The same scales and shifts in other places."""
         return Diagonal(self.scale, self.shift, index)
-
-
-def _short(index: Tensor) -> Tensor:
-    """An index with length 1 in every dimension along which it is the same."""
-    for dim, size in enumerate(index.shape):
-        if size > 1 and torch.equal(index, index.narrow(dim, 0, 1).expand(index.shape)):
-            index = index.narrow(dim, 0, 1)
-    return index.contiguous()

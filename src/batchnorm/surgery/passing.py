@@ -28,6 +28,7 @@ _MOVING = (
     *("swapdims", "unsqueeze", "squeeze", "narrow", "select", "flip", "roll", "tile", "repeat_interleave"),
     *("cat", "concat", "concatenate", "stack", "expand", "repeat", "view", "contiguous", "clone", "detach"),
     *("getitem", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle"),
+    *("slice", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d"),
 )
 _KEEPING = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
 _CASTING = ("to", "float", "double", "half", "bfloat16", "type_as", "type")
@@ -170,7 +171,7 @@ def after(trace: Trace, node: Node, value: Node, given: Diagonal) -> Diagonal:
 
 
 def _pads(trace: Trace, node: Node) -> str:
-    pads = "Pad" in type(trace.module(node)).__name__ or node.target is F.pad
+    pads = "Pad" in type(trace.module(node)).__name__ or _name(node) in ("pad", "constant_pad_nd")
     return ", which pads with a number that the map would change" if pads else ""
 
 
@@ -202,9 +203,11 @@ def _kind(trace: Trace, node: Node) -> str:
         return "max"
     if node.target in _AVERAGING or name in ("mean", *_AVERAGE_OPERATORS):
         return "average"
+    if name.startswith("upsample_") and name not in _MOVING:
+        return "average"
     if node.target is F.interpolate:
         return "move" if _argument(node, 3, "mode", "nearest").startswith("nearest") else "average"
-    if node.target is F.pad:
+    if name == "pad":
         return "move" if _argument(node, 2, "mode", "constant") != "constant" else "other"
     if name in _KEEPING or name in _CASTING:
         return "keep"
@@ -352,7 +355,7 @@ def _pooled(node: Node, trace: Trace) -> list[int]:
             raise Refused(f"{trace.describe(node)} averages over everything")
         return sorted(d % dims for d in given)
     module = trace.module(node)
-    if isinstance(module, nn.Upsample) or node.target is F.interpolate:
+    if isinstance(module, nn.Upsample) or _name(node) == "interpolate" or _name(node).startswith("upsample"):
         return list(range(2, dims))
     if module is not None:
         spatial = int(type(module).__name__[-2])

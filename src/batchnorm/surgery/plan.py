@@ -222,6 +222,7 @@ class _Planner:
 
     def _back(self, draft: Draft, state: State, value: Node, wanted: Diagonal, via: Node) -> None:
         """Let what makes a value make another, of which ``via`` makes what it always made."""
+        wanted = wanted.settled(seen=any(user is not via for user in consumers(value)))
         if wanted.is_identity:
             return
         path = value.meta["call"].path if value.op == "call_module" else ""
