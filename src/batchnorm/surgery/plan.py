@@ -13,8 +13,10 @@ from batchnorm.surgery.absorbing import Line, Taken, border_obstacle, feature_di
 from batchnorm.surgery.diagonal import Diagonal
 from batchnorm.surgery.foldable import affine_obstacle, norm_obstacle, sharing
 from batchnorm.surgery.graph import AFFINE, Trace
-from batchnorm.surgery.passing import Refused, activates, after, before, consumers, overwritten, residual_of
+from batchnorm.surgery.passing import after, before
 from batchnorm.surgery.roles import input_of
+from batchnorm.surgery.steps import Refused, activates, consumers, residual_of
+from batchnorm.surgery.writing import overwritten
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from batchnorm.layers.scale_shift import ScaleShift
 from batchnorm.surgery import absorbing
 from batchnorm.surgery.absorbing import Taken, absorbed, fan_in, multiply_add
 from batchnorm.surgery.graph import AFFINE, Trace
-from batchnorm.surgery.passing import magnitude, residual_of, run, sources
+from batchnorm.surgery.passing import magnitude
 from batchnorm.surgery.plan import Draft, FoldProof, State
 from batchnorm.surgery.roles import input_of
+from batchnorm.surgery.steps import residual_of, run, sources
 
 
 @torch.no_grad()
