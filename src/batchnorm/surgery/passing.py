@@ -7,7 +7,7 @@ that moves entries is run on their numbers, one that averages on ones.
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import Node
 
 from batchnorm.surgery import steps
@@ -187,18 +187,7 @@ def _pooled(node: Node, trace: Trace) -> list[int]:
         if not isinstance(given, list | tuple) or not given or any(isinstance(d, Node) for d in given):
             raise Refused(f"{trace.describe(node)} averages over everything")
         return sorted(d % dims for d in given)
-    module = trace.module(node)
-    if (
-        isinstance(module, nn.Upsample)
-        or name_of(node) == "interpolate"
-        or name_of(node).startswith("upsample")
-    ):
-        return list(range(2, dims))
-    if module is not None:
-        spatial = int(type(module).__name__[-2])
-    else:
-        by_name = {**_AVERAGE_OPERATORS, **_MAX_OPERATORS}
-        spatial = {**_AVERAGING, **_MAXING}.get(node.target) or by_name[name_of(node)]
+    spatial = steps.spatial_dims(trace, node)
     return list(range(dims - spatial, dims))
 
 

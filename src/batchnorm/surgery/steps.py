@@ -82,6 +82,7 @@ def sources(node: Node) -> list[Node]:
 
 
 def name_of(node: Node) -> str:
+    """The name of the function or method of a step; empty for that of a module."""
     if node.op == "call_method":
         return str(node.target)
     # An operator's name has that of its overload behind a dot.
@@ -90,6 +91,7 @@ def name_of(node: Node) -> str:
 
 
 def is_one_of(node: Node, spellings: tuple[object, ...]) -> bool:
+    """Whether a step is one of several functions, or a method or an operator with such a name."""
     return node.target in spellings or (
         isinstance(node.target, torch._ops.OpOverload) and name_of(node) in spellings
     )
@@ -141,7 +143,20 @@ def _kind_of_module(module: nn.Module, node: Node) -> str:
     return "max" if type(module).__name__ in _MAX_POOLS else "other"
 
 
+def spatial_dims(trace: Trace, node: Node) -> int:
+    """How many of the last dimensions a pool or a change of size puts together."""
+    module = trace.module(node)
+    name = name_of(node)
+    if isinstance(module, nn.Upsample) or name == "interpolate" or name.startswith("upsample"):
+        return len(node.meta["shape"]) - 2
+    if module is not None:
+        return int(type(module).__name__[-2])
+    by_function: dict[Any, int] = {**_AVERAGING, **_MAXING}
+    return by_function.get(node.target) or {**_AVERAGE_OPERATORS, **_MAX_OPERATORS}[name]
+
+
 def argument(node: Node, place: int, name: str, default: Any) -> Any:
+    """An argument of a function's step, given by place or by name."""
     return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
 
 
