@@ -158,11 +158,12 @@ def multiply_add(norm: nn.Module, line: Line, *, bare: bool = False) -> ScaleShi
     dtype = like.dtype if like.dtype == torch.float64 else torch.float32
     scale, shift = (t.to(like.device, dtype) for t in line)
     trains = norm.weight is not None and norm.weight.requires_grad
+    ours = norm if isinstance(norm, Normalization) else None
     made = ScaleShift(
         scale,
         shift,
-        channel_dim=norm.channel_dim if isinstance(norm, Normalization) else 1,
-        activation=None if bare else getattr(norm, "activation", None),
+        channel_dim=1 if ours is None else ours.channel_dim,
+        activation=None if bare or ours is None else ours.activation,
         trains=trains,
     )
     return made.train(norm.training)

@@ -30,7 +30,7 @@ def other_sizes(model: nn.Module, args: Sequence[Any]) -> list[tuple[Any, ...]]:
         args: Example.
     """
     candidates = [two_of(args) or _mapped(args, lambda t: t[:1] if t.dim() else t)]
-    candidates.append(_mapped(args, _resized))
+    candidates.append(_mapped(two_of(args) or args, _resized))
     return [given for given in candidates if _runs(model, given)]
 
 

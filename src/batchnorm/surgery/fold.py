@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.layers import Joined
+from batchnorm.layers import Joined, Normalization
 from batchnorm.surgery.examples import other_sizes, two_of
 from batchnorm.surgery.graph import Trace, Untraceable
 from batchnorm.surgery.kinds import is_normalization
@@ -211,7 +211,7 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
 
 def _instead(norm: nn.Module, joined: bool) -> nn.Module:
     """What takes the place of a normalization whose linear map is elsewhere."""
-    carried = getattr(norm, "activation", None)
+    carried = norm.activation if isinstance(norm, Normalization) else None
     if joined:
         return Joined(carried)
     return nn.Identity() if carried in (None, "identity") else _ACTIVATIONS[carried]()
