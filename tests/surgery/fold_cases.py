@@ -337,13 +337,12 @@ FOLDED = {
         lambda s: seq(norm2(s.c), nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(s.c, s.d, 1)),
         images,
     ),
-    "arithmetic with numbers": (
-        lambda s: Net(
-            lambda m, x: m.fc(3 - m.n2(m.a(x) * 2 + 1) / 4),
-            a=nn.Linear(s.c, s.d),
-            n2=norm1(s.d),
-            fc=nn.Linear(s.d, 2),
-        ),
+    "arithmetic with numbers ahead": (
+        lambda s: Net(lambda m, x: m.bn(-(m.a(x) * 2 + 1)).relu(), a=nn.Linear(s.c, s.d), bn=norm1(s.d)),
+        rows,
+    ),
+    "arithmetic with numbers behind": (
+        lambda s: Net(lambda m, x: m.fc(3 - m.bn(x.relu()) / 4 + 1), bn=norm1(s.c), fc=nn.Linear(s.c, 2)),
         rows,
     ),
     "dropout": (lambda s: seq(norm1(s.c), nn.Dropout(0.5), nn.Linear(s.c, s.d)), rows),
@@ -463,6 +462,12 @@ LEFT = {
         images,
     ),
     "nonlinearity between": (lambda s: seq(nn.Conv2d(s.c, s.d, 1), nn.ReLU(), norm2(s.d)), images),
+    "one layer, another map in each call": (
+        lambda s: Net(
+            lambda m, x: m.bn(torch.cat([m.a(x), m.a(-x)], 1)), a=nn.Conv2d(s.c, s.d, 1), bn=norm2(2 * s.d)
+        ),
+        images,
+    ),
     "one convolution for two callers": (lambda s: two(s, lambda m, x: m.bn(m.a(x)) + m.a(x)), images),
     "pixel shuffle, conv": (
         lambda s: seq(norm2(4 * s.c), nn.PixelShuffle(2), nn.Conv2d(s.c, s.d, 1)),
