@@ -230,7 +230,7 @@ FOLDED = {
     "half of a chunk": (lambda s: Halves(s.c, s.d), images),
     "both halves, normalized after cat": (
         lambda s: Net(
-            lambda m, x: (lambda a, b: m.bn(torch.cat([b, a], 1)))(*torch.tensor_split(m.a(x), 2, 1)),
+            lambda m, x: (lambda y: m.bn(torch.cat([y[1], y[0]], 1)))(torch.tensor_split(m.a(x), 2, 1)),
             a=nn.Conv2d(s.c, 2 * s.d, 1),
             bn=norm2(2 * s.d),
         ),
