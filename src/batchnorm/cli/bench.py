@@ -10,7 +10,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from batchnorm.bench import memory, step, watch
+from batchnorm.bench import fold, memory, step, watch
 from batchnorm.bench.results import append, default_path, groups, occasions, picture
 from batchnorm.bench.shapes import SMALL_AND_ODD, inception_shapes, resnet50_shapes
 from batchnorm.bench.timing import MEMORY, MemorySetting, process
@@ -21,6 +21,7 @@ Side-by-side figures on this machine: medians over rounds in which all contender
   kernels   BN + addition + ReLU, forward and backward, layer by layer
   step      a whole training step of BN-Inception
   memory    what a training step holds in memory
+  fold      inference with and without fold, eager and compiled
   loader    images a second from JPEG files, on one core
   watch     what a recorder adds to training, at its defaults
 
@@ -91,6 +92,20 @@ class Memory(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Fold(Common):
+    """Inference of BN-Inception with and without `batchnorm.fold`, eager and compiled."""
+
+    network: step.Network = "inception"
+    """BN-Inception at 224×224 pixels, or at the scale of CIFAR-10."""
+    batches: tuple[int, ...] = (1, 32)
+    """Images at a time."""
+    rounds: int = 9
+    """Samples of each form."""
+    compiled: bool = True
+    """Let torch.compile take part, with and without fold: minutes of compilation."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Loader(Common):
     """Random crops of JPEG files on one core: training's own loader beside a plain PyTorch data set."""
 
@@ -126,6 +141,7 @@ KINDS: dict[str, type[Common]] = {
     "kernels": Kernels,
     "step": Step,
     "memory": Memory,
+    "fold": Fold,
     "loader": Loader,
     "watch": Watch,
 }
@@ -207,6 +223,15 @@ def _memory(options: Any, path: Path, console: Console) -> None:
         console.print(table)
 
 
+def _fold(options: Any, path: Path, console: Console) -> None:
+    arguments = {n: getattr(options, n) for n in ("network", "batches", "rounds", "compiled")}
+    with process("default", options.threads) as fresh:
+        found = fresh.submit(fold.measure, **arguments).result()
+    append(path, "fold", found, threads=options.threads)
+    for table in TABLES["fold"](found):
+        console.print(table)
+
+
 def _loader(options: Any, path: Path, console: Console) -> None:
     with process("default", options.threads) as fresh:
         found = fresh.submit(_measure_loader, options).result()
@@ -245,6 +270,7 @@ MEASURES: dict[str, Callable[[Any, Path, Console], None]] = {
     "kernels": _kernels,
     "step": _step,
     "memory": _memory,
+    "fold": _fold,
     "loader": _loader,
     "watch": _watch,
 }
@@ -293,6 +319,22 @@ def _memory_tables(found: Mapping[str, Any]) -> list[Table]:
     return [table]
 
 
+def _fold_tables(found: Mapping[str, Any]) -> list[Table]:
+    batches = list(found["milliseconds"])
+    times = Table("form", *batches, title=f"{found['network']}, milliseconds a forward")
+    for form in found["milliseconds"][batches[0]]:
+        cells = (found["milliseconds"][batch][form] for batch in batches)
+        times.add_row(form, *(f"{median:.2f} ({low:.2f}–{high:.2f})" for median, low, high in cells))
+    times.caption = (
+        f"medians; in brackets: quartiles; {found['folded']} normalizations folded, {found['left']} left; "
+        f"outputs differ by {found['difference']:.1e}"
+    )
+    ratios = Table("fold against", *batches, "geometric mean", title="Speed-up")
+    for kind, mean in found["geometric_mean"].items():
+        ratios.add_row(kind, *(f"{found['speed_up'][b][kind]:.2f}" for b in batches), f"{mean:.2f}")
+    return [times, ratios]
+
+
 def _loader_tables(found: Mapping[str, Any]) -> list[Table]:
     rates = Table("loader", "images/s", title=found["images"], caption="on one core")
     for name, (median, low, high) in found["images_per_s"].items():
@@ -332,6 +374,7 @@ TABLES: dict[str, Callable[[Any], list[Table]]] = {
     "kernels": _kernel_tables,
     "step": _step_tables,
     "memory": _memory_tables,
+    "fold": _fold_tables,
     "loader": _loader_tables,
     "watch": _watch_tables,
 }

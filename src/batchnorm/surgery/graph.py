@@ -69,7 +69,7 @@ class Trace:
         prefix: Path of ``root`` in the whole model.
         graph: In ``node.meta``: ``call``, the innermost `Call`; ``key``, the node's place among
             those of its call; after `measure`, ``shape``, ``dtype`` and
-            ``device`` of its value.
+            ``device`` of its value if that is a tensor, and ``value`` if it is a number or a size.
         calls: In the order in which they began; the first is that of ``root``.
         hooks: Paths of the modules with forward or backward hooks, which the trace leaves out.
         attributes: Paths of the plain attributes that the followed forwards read.
@@ -121,6 +121,8 @@ class _Measure(fx.Interpreter):
         value = super().run_node(n)
         if isinstance(value, Tensor):
             n.meta["shape"], n.meta["dtype"], n.meta["device"] = tuple(value.shape), value.dtype, value.device
+        elif isinstance(value, bool | int | float | torch.Size):
+            n.meta["value"] = value
         return value
 
 
