@@ -4,6 +4,7 @@ Source: Ioffe & Szegedy (2015), arXiv 1502.03167.
 """
 
 from batchnorm import functional
+from batchnorm.deploy import export
 from batchnorm.diagnostics import watch
 from batchnorm.doctor import diagnose
 from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormPerActivation
@@ -23,6 +24,7 @@ __all__ = [
     "commit_on_step",
     "convert",
     "diagnose",
+    "export",
     "fold",
     "freeze",
     "functional",
