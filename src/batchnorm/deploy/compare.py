@@ -85,7 +85,8 @@ def compare(
     shapes = [tuple(t.shape) for t in expected]
     if shapes != [tuple(t.shape) for t in got]:
         raise ValueError(
-            f"{runner} returns shapes {[tuple(t.shape) for t in got]} for a batch of {size}, the model {shapes}"
+            f"{runner} returns shapes {[tuple(t.shape) for t in got]} for a batch of {size}, "
+            f"the model {shapes}"
         )
     gaps = [
         float((a.double() - b.double()).abs().max()) for a, b in zip(expected, got, strict=True) if a.numel()

@@ -9,7 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
@@ -64,8 +63,8 @@ class ExportReport:
         ]
         if self.num_norms:
             lines.append(
-                f"  {self.num_norms} batch normalizations are in it; bn.fold(model, example) before takes out "
-                "those that follow a convolution or linear layer"
+                f"  {self.num_norms} batch normalizations are in it; bn.fold(model, example) before takes "
+                "out those that follow a convolution or linear layer"
             )
         lines += [f"  let through: {problem}" for problem in self.allowed]
         return "\n".join(lines)
