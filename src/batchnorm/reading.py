@@ -145,6 +145,6 @@ def _refuse_expanding(path: Path, file: Any, size: int) -> None:
     if packed or (total := sum(entry.file_size for entry in entries)) > size:
         what = f"{packed[0]} is compressed" if packed else f"{size:,} bytes expand to {total:,}"
         raise ValueError(
-            f"{path} is refused: {what}, which torch.save never writes. If you trust it, load it yourself and "
-            "save model.state_dict() anew"
+            f"{path} is refused: {what}, which torch.save never writes. If you trust it, load it yourself "
+            "and save model.state_dict() anew"
         )

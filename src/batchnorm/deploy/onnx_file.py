@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,11 @@ def check_installed() -> None:
     Raises:
         ImportError: One is missing.
     """
-    try:
-        import onnx
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f"{MISSING} ({error})") from error
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        try:
+            import_module(name)
+        except ImportError as error:
+            raise ImportError(f"{MISSING} ({error})") from error
 
 
 def write_onnx(program: Any, metadata: Mapping[str, str]) -> bytes:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchnorm.files import write_bytes
+from batchnorm.reading import read_arrays, read_json
 
 Array = NDArray[np.float64]
 
@@ -130,19 +131,18 @@ def load_histories(path: str | os.PathLike[str]) -> dict[str, LayerHistory]:
     layers: dict[str, dict[str, Any]] = {}
     try:
         if path.suffix == ".json":
-            layers = json.loads(path.read_text())
+            layers = read_json(path)
         elif path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as stored:
-                for key in stored.files:
-                    name, _, field = key.rpartition("/")
-                    layers.setdefault(name, {})[field] = stored[key]
+            for key, values in read_arrays(path).items():
+                name, _, field = key.rpartition("/")
+                layers.setdefault(name, {})[field] = values
         else:
             raise ValueError(f"a history ends in .json or .npz, got {path.name!r}")
         return {
             name: LayerHistory(**{key: np.asarray(values, dtype=np.float64) for key, values in layer.items()})
             for name, layer in layers.items()
         }
-    except (TypeError, AttributeError, json.JSONDecodeError) as error:
+    except (TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} does not hold histories of layers: {error}") from error
 
 
