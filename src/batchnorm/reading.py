@@ -3,6 +3,7 @@
 import io
 import json
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,11 @@ MAX_ARRAYS_BYTES = 1 << 31
 
 MAX_HEADER_BYTES = 1 << 16
 """Of one array in an .npz file."""
+
+_HEADERS: dict[tuple[int, int], Callable[..., Any]] = {
+    (1, 0): npy.read_array_header_1_0,
+    (2, 0): npy.read_array_header_2_0,
+}
 
 
 def read_limited(path: Path, limit: int) -> bytes:
@@ -82,9 +88,10 @@ def read_arrays(path: Path, limit: int = MAX_ARRAYS_BYTES) -> dict[str, np.ndarr
 
 def _array(content: bytes) -> np.ndarray:
     stream = io.BytesIO(content)
-    shape, _, dtype = npy._read_array_header(  # type: ignore[attr-defined]
-        stream, npy.read_magic(stream), max_header_size=MAX_HEADER_BYTES
-    )
+    version = npy.read_magic(stream)
+    if version not in _HEADERS:
+        raise ValueError(f"it is of version {version} of numpy's format, which plain numbers do not need")
+    shape, _, dtype = _HEADERS[version](stream, max_header_size=MAX_HEADER_BYTES)
     if dtype.hasobject:
         raise ValueError("it holds Python objects, which are not unpickled")
     promised = int(np.prod([int(n) for n in shape], dtype=object)) * dtype.itemsize
