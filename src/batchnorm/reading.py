@@ -5,7 +5,7 @@ import json
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -98,7 +98,7 @@ def _array(content: bytes) -> np.ndarray:
     if promised != len(content) - stream.tell():
         raise ValueError(f"a header promises {promised:,} bytes, {len(content) - stream.tell():,} are there")
     stream.seek(0)
-    return cast(np.ndarray, npy.read_array(stream, allow_pickle=False))
+    return npy.read_array(stream, allow_pickle=False)
 
 
 def parse_safetensors(content: bytes) -> dict[str, Tensor]:
