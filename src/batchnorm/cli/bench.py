@@ -22,6 +22,7 @@ Side-by-side figures on this machine: medians over rounds in which all contender
   step      a whole training step of BN-Inception
   memory    what a training step holds in memory
   loader    images a second from JPEG files, on one core
+  export    an exported file in onnxruntime: its answers and its speed, beside the model's
 
 Results are added to benchmarks/results/, with the machine's description.
 """
@@ -107,7 +108,31 @@ class Loader(Common):
     """PyTorch's threads; decoding has one."""
 
 
-KINDS: dict[str, type[Common]] = {"kernels": Kernels, "step": Step, "memory": Memory, "loader": Loader}
+@dataclass(frozen=True, kw_only=True)
+class Export(Common):
+    """Folded, exported to ONNX, and run in onnxruntime on the test digits: answers and speed."""
+
+    networks: tuple[Literal["mlp", "inception"], ...] = ("mlp", "inception")
+    """That of section 4.1, and BN-Inception at the scale of CIFAR-10."""
+    run: Path | None = None
+    """Folder of a trained run of the (one) network named; by default initial weights."""
+    batch: int = 32
+    """Images of a timed call; one by one they are timed, too."""
+    images: int = 0
+    """Test digits whose answers are compared; 0 for all."""
+    rounds: int = 9
+    """Samples of each contender."""
+    threads: int = 1
+    """Of PyTorch and of onnxruntime."""
+
+
+KINDS: dict[str, type[Common]] = {
+    "kernels": Kernels,
+    "step": Step,
+    "memory": Memory,
+    "loader": Loader,
+    "export": Export,
+}
 
 
 def run(argv: list[str]) -> None:
@@ -206,11 +231,33 @@ def _measure_loader(options: Loader) -> dict[str, Any]:
     )
 
 
+def _export(options: Any, path: Path, console: Console) -> None:
+    if options.run is not None and len(options.networks) != 1:
+        raise ValueError("--run is of one network: name it with --networks")
+    with process("default", options.threads) as fresh:
+        found = fresh.submit(_measure_export, options).result()
+    append(path, "export", found, threads=options.threads)
+    for table in TABLES["export"](found):
+        console.print(table)
+
+
+def _measure_export(options: Export) -> list[dict[str, Any]]:
+    from batchnorm.bench import export
+    from batchnorm.cli.saved import open_saved
+
+    model = None if options.run is None else open_saved(str(options.run), None, None, None).model
+    return [
+        export.measure(network, model, batch=options.batch, num_images=options.images, rounds=options.rounds)
+        for network in options.networks
+    ]
+
+
 MEASURES: dict[str, Callable[[Any, Path, Console], None]] = {
     "kernels": _kernels,
     "step": _step,
     "memory": _memory,
     "loader": _loader,
+    "export": _export,
 }
 
 
@@ -271,9 +318,22 @@ def _loader_tables(found: Mapping[str, Any]) -> list[Table]:
     return [rates, ratios]
 
 
+def _export_tables(found: Sequence[Mapping[str, Any]]) -> list[Table]:
+    answers = Table("network", "same class", "largest difference", "largest logit", title="Answers")
+    speed = Table("network", "images", "eager", "folded, eager", "onnxruntime", title="Milliseconds a call")
+    for row in found:
+        same = f"{row['same_class']} of {row['images']}"
+        logits = (f"{row['largest_difference']:.1e}", f"{row['largest_logit']:.3g}")
+        answers.add_row(row["network"], same, *logits)
+        for size, ms in row["ms"].items():
+            speed.add_row(row["network"], str(size), *(f"{value:.3f}" for value in ms.values()))
+    return [answers, speed]
+
+
 TABLES: dict[str, Callable[[Any], list[Table]]] = {
     "kernels": _kernel_tables,
     "step": _step_tables,
     "memory": _memory_tables,
     "loader": _loader_tables,
+    "export": _export_tables,
 }
