@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
+from batchnorm.bench.results import occasions
 from batchnorm.cli.saved import load_weights
 from batchnorm.data.cifar import unpickle
 from batchnorm.data.crops import Box
@@ -26,6 +27,8 @@ from batchnorm.data.shard_index import index_path, load_index, scan_shard
 from batchnorm.data.shards import open_shards
 from batchnorm.diagnostics.history import LayerHistory, load_histories
 from batchnorm.reading import read_arrays, read_json, read_torch
+from batchnorm.reproduce.claiming import claim_folder
+from batchnorm.reproduce.training import Course
 from batchnorm.statistics import Population
 from batchnorm.train.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, save_checkpoint
 from batchnorm.train.metrics import read_metrics
@@ -167,6 +170,24 @@ def _linear(path: Path) -> object:
     return load_weights(torch.nn.Linear(2, 3), path)
 
 
+def _course() -> list[bytes]:
+    course = {
+        "format": 1,
+        "name": "x",
+        "recipe": bn_mlp().to_json(),
+        "metrics": [{"step": 1, "accuracy": 0.5, "seconds": 1.0}],
+        "diverged": None,
+        "final": 0.5,
+        "environment": {"cpu": "x"},
+    }
+    return [json.dumps(course).encode()]
+
+
+def _claim(path: Path) -> object:
+    (path.parent / "experiment.json").write_bytes(path.read_bytes())
+    return claim_folder(path.parent, {"a": 1})
+
+
 def _run(path: Path) -> object:
     (path.parent / "recipe.json").write_bytes(path.read_bytes())
     return read_run(path.parent)
@@ -249,6 +270,9 @@ READERS = {
         Reader(
             "metrics.jsonl", read_metrics, (ValueError,), lambda: [b'{"step": 1}\n{"step": 2, "loss": 0.5}\n']
         ),
+        Reader("course.json", Course.read, (ValueError, KeyError, TypeError), _course),
+        Reader("experiment", _claim, (ValueError,), lambda: [b'{"a": 1}']),
+        Reader("bench.json", occasions, (ValueError,), lambda: [b'{"occasions": [{"kind": "x"}]}']),
         Reader("document.json", read_json, (ValueError,), _any_json),
     )
 }
