@@ -38,7 +38,7 @@ clean:
 
 # One stamp for each set of extras, renewed when the project or its pins change.
 .venv/.train: EXTRAS = train
-.venv/.test: EXTRAS = train,test
+.venv/.test: EXTRAS = train,export,test
 .venv/.lint: EXTRAS = train,test,lint
 .venv/.docs: EXTRAS = train,docs
 .venv/.%: pyproject.toml constraints.txt | .venv/bin/python

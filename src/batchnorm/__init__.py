@@ -4,6 +4,7 @@ Source: Ioffe & Szegedy (2015), arXiv 1502.03167.
 """
 
 from batchnorm import distributed, functional
+from batchnorm.deploy import export
 from batchnorm.diagnostics import watch
 from batchnorm.doctor import diagnose
 from batchnorm.layers import (
@@ -37,6 +38,7 @@ __all__ = [
     "convert",
     "diagnose",
     "distributed",
+    "export",
     "fold",
     "freeze",
     "functional",

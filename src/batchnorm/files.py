@@ -33,6 +33,53 @@ def write_bytes(path: Path, data: bytes) -> None:
         sync_folder(path.parent)
 
 
+def check_free(path: Path, *, force: bool) -> None:
+    """Before long work: whether a file can get this name at its end.
+
+    Raises:
+        FileExistsError: Something is there, and `force` is false.
+        OSError: `path` is a folder, or its folder is missing or cannot be written to.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "this is a folder; name a file in it", str(path))
+    if path.exists() and not force:
+        raise FileExistsError(errno.EEXIST, "exists and is kept; force (--force) replaces it", str(path))
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "there is no such folder; make it first", str(path.parent))
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "this folder cannot be written to", str(path.parent))
+
+
+@contextmanager
+def beside(path: Path, data: bytes, *, force: bool) -> Iterator[Path]:
+    """Write a file beside its place for the caller to try; it gets its name when the block ends well.
+
+    Args:
+        path: Where the file goes; its folder exists.
+        data: The whole content.
+        force: Replace what is there by then.
+
+    Yields:
+        Where it lies meanwhile.
+
+    Raises:
+        FileExistsError: Something has come there, and `force` is false.
+        OSError: The disk refused. As when the block raises, what stood at `path` is still there.
+    """
+    # The process id keeps two writers of one file out of each other's way.
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    try:
+        with explained(path):
+            _write_synced(partial, data)
+        yield partial
+        with explained(path):
+            check_free(path, force=force)
+            os.replace(partial, path)
+            sync_folder(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: Any) -> None:
     """`write_bytes` of a JSON document, indented for people; NaN is refused as JSON has none."""
     write_bytes(path, to_json(value))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from batchnorm.files import write_bytes
+from batchnorm.reading import read_json
 from batchnorm.report import Curve, CurveChart, draw
 from batchnorm.train.run import environment
 
@@ -30,7 +31,7 @@ def occasions(path: Path) -> list[Any]:
     if not path.exists():
         return []
     try:
-        return list(json.loads(path.read_text())["occasions"])
+        return list(read_json(path)["occasions"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no file of benchmark results ({error}): give another --out") from None
 

@@ -24,6 +24,7 @@ Side-by-side figures on this machine: medians over rounds in which all contender
   fold      inference with and without fold, eager and compiled
   loader    images a second from JPEG files, on one core
   watch     what a recorder adds to training, at its defaults
+  export    an exported file in onnxruntime: its answers and its speed, beside the model's
 
 Results are added to benchmarks/results/, with the machine's description.
 """
@@ -137,6 +138,24 @@ class Watch(Common):
     """PyTorch's threads; 0 leaves its own choice."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Export(Common):
+    """Folded, exported to ONNX, and run in onnxruntime on the test digits: answers and speed."""
+
+    networks: tuple[Literal["mlp", "inception"], ...] = ("mlp", "inception")
+    """That of section 4.1, and BN-Inception at the scale of CIFAR-10."""
+    run: Path | None = None
+    """Folder of a trained run of the (one) network named; by default initial weights."""
+    batch: int = 32
+    """Images of a timed call; one by one they are timed, too."""
+    images: int = 0
+    """Test digits whose answers are compared; 0 for all."""
+    rounds: int = 9
+    """Samples of each contender."""
+    threads: int = 1
+    """Of PyTorch and of onnxruntime."""
+
+
 KINDS: dict[str, type[Common]] = {
     "kernels": Kernels,
     "step": Step,
@@ -144,6 +163,7 @@ KINDS: dict[str, type[Common]] = {
     "fold": Fold,
     "loader": Loader,
     "watch": Watch,
+    "export": Export,
 }
 
 
@@ -266,6 +286,27 @@ def _watch(options: Any, path: Path, console: Console) -> None:
         console.print(table)
 
 
+def _export(options: Any, path: Path, console: Console) -> None:
+    if options.run is not None and len(options.networks) != 1:
+        raise ValueError("--run is of one network: name it with --networks")
+    with process("default", options.threads) as fresh:
+        found = fresh.submit(_measure_export, options).result()
+    append(path, "export", found, threads=options.threads)
+    for table in TABLES["export"](found):
+        console.print(table)
+
+
+def _measure_export(options: Export) -> list[dict[str, Any]]:
+    from batchnorm.bench import export
+    from batchnorm.cli.saved import open_saved
+
+    model = None if options.run is None else open_saved(str(options.run), None, None, None).model
+    return [
+        export.measure(network, model, batch=options.batch, num_images=options.images, rounds=options.rounds)
+        for network in options.networks
+    ]
+
+
 MEASURES: dict[str, Callable[[Any, Path, Console], None]] = {
     "kernels": _kernels,
     "step": _step,
@@ -273,6 +314,7 @@ MEASURES: dict[str, Callable[[Any, Path, Console], None]] = {
     "fold": _fold,
     "loader": _loader,
     "watch": _watch,
+    "export": _export,
 }
 
 
@@ -370,6 +412,18 @@ def _quartiles(values: Sequence[float], form: str) -> str:
     return f"{median} ({low} to {high})"
 
 
+def _export_tables(found: Sequence[Mapping[str, Any]]) -> list[Table]:
+    answers = Table("network", "same class", "largest difference", "largest logit", title="Answers")
+    speed = Table("network", "images", "eager", "folded, eager", "onnxruntime", title="Milliseconds a call")
+    for row in found:
+        same = f"{row['same_class']} of {row['images']}"
+        logits = (f"{row['largest_difference']:.1e}", f"{row['largest_logit']:.3g}")
+        answers.add_row(row["network"], same, *logits)
+        for size, ms in row["ms"].items():
+            speed.add_row(row["network"], str(size), *(f"{value:.3f}" for value in ms.values()))
+    return [answers, speed]
+
+
 TABLES: dict[str, Callable[[Any], list[Table]]] = {
     "kernels": _kernel_tables,
     "step": _step_tables,
@@ -377,4 +431,5 @@ TABLES: dict[str, Callable[[Any], list[Table]]] = {
     "fold": _fold_tables,
     "loader": _loader_tables,
     "watch": _watch_tables,
+    "export": _export_tables,
 }

@@ -1,26 +1,17 @@
 """`batchnorm doctor`: what is wrong with the normalizations of a saved model."""
 
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
-import numpy as np
-import torch
 import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch import Tensor
 
-from batchnorm.cli.saved import Saved, call, open_saved
-from batchnorm.data import ImageData, ImageFiles, num_cores, to_input
+from batchnorm.cli.batches import InputOptions, opened
 from batchnorm.doctor import Diagnosis, diagnose
-from batchnorm.train import InceptionRecipe, Recipe
-from batchnorm.train.feed import Data
-from batchnorm.train.inputs import evaluation_input
-from batchnorm.train.recipes import Scale
 
 DESCRIPTION = """\
 Run a model on data in both modes, layer by layer, and say what is wrong with its batch normalizations,
@@ -39,32 +30,11 @@ order are judged, too. Data sets and images on disk are mixed first, so only the
 
 
 @dataclass(frozen=True, kw_only=True)
-class DoctorArguments:
+class DoctorArguments(InputOptions):
     """What `batchnorm doctor` is told."""
 
     model: Annotated[str, tyro.conf.Positional]
     """A run's folder, a recipe's name, or module:factory."""
-    weights: Path | None = None
-    """A state dict, .safetensors or .pt; by default the run's, or what the factory returns."""
-    data: str | None = None
-    """Data set by name, image folder, shards, or module:function; by default what the run was trained on."""
-    data_dir: Path | None = None
-    """Folder with the data's files, as for batchnorm train."""
-    part: Literal["train", "test"] | None = None
-    """Which images: by default test of a data set by name, train of images on disk (those of val lie in the
-    order of their classes)."""
-    batch_size: int | None = None
-    """Examples in a batch (default: the recipe's, else 32)."""
-    num_batches: int = 32
-    """How many to look at."""
-    scale: Scale = "imagenet"
-    """Of an Inception recipe, as for batchnorm train."""
-    image_size: int = 224
-    """Of images on disk, for a model of your own."""
-    mean: tuple[float, ...] = (0.0,)
-    """Subtracted from images in 0 to 1, one for each colour or one for all, for a model of your own."""
-    std: tuple[float, ...] = (1.0,)
-    """What they are divided by then."""
     out: Path = Path("runs/doctor")
     """Folder for diagnosis.json and report.html; made if missing, older ones are replaced."""
     progress: bool = True
@@ -74,18 +44,12 @@ class DoctorArguments:
 def run(argv: list[str]) -> None:
     """Parse `argv`, diagnose, print a table, and write JSON and a page."""
     arguments = tyro.cli(DoctorArguments, prog="batchnorm doctor", description=DESCRIPTION, args=argv)
-    named = arguments.data if arguments.data is not None and ":" in arguments.data else None
-    source = None if named else arguments.data
-    saved = open_saved(arguments.model, arguments.weights, source, arguments.data_dir, arguments.scale)
-    if named:
-        batches: Any = call(named)
-    elif saved.data is None:
+    saved, batches = opened(arguments.model, arguments)
+    if batches is None:
         raise ValueError(
             "--data is needed: a data set's name, an image folder, shards, or module:function that "
             "returns batches"
         )
-    else:
-        batches = _batches(saved, saved.data, arguments)
     try:
         diagnosis = diagnose(
             saved.model, batches, num_batches=arguments.num_batches, progress=arguments.progress
@@ -97,80 +61,6 @@ def run(argv: list[str]) -> None:
     page = diagnosis.write_page(arguments.out / "report.html", f"Doctor: {arguments.model}")
     _print(diagnosis)
     sys.stdout.write(f"Page: {page}\n")
-
-
-def _batches(saved: Saved, data: Data, arguments: DoctorArguments) -> Iterator[tuple[Tensor, Tensor]]:
-    recipe = saved.recipe
-    size = arguments.batch_size
-    if size is None:
-        size = recipe.batch_size if recipe else 32
-    if size < 1:
-        raise ValueError(f"--batch-size must be at least 1, got {size}")
-    if isinstance(data, ImageData):
-        return _of_memory(data, recipe, arguments, size)
-    if arguments.part == "test":
-        raise ValueError(
-            "--part test: the images of val are read in the order of their classes, and batches of one "
-            "class would "
-            "be diagnosed as such; use train, or --data module:function"
-        )
-    return _of_files(data, recipe, arguments, size)
-
-
-def _of_files(
-    data: ImageFiles, recipe: Recipe | None, arguments: DoctorArguments, size: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    # Decoding needs Pillow, which data in memory do without.
-    from batchnorm.data.stream import training_stream
-
-    with training_stream(
-        data.train,
-        start_step=0,
-        num_steps=min(arguments.num_batches, max(1, len(data.train) // size)),
-        batch_size=size,
-        size=recipe.image_size if isinstance(recipe, InceptionRecipe) else arguments.image_size,
-        seed=0,
-        shuffle="all" if recipe is None else recipe.shuffle,
-        mirror=False,
-        num_workers=max(1, num_cores() - 1),
-        pin_memory=False,
-    ) as stream:
-        for batch in stream:
-            if recipe is not None:
-                yield evaluation_input(recipe, batch.images), batch.labels
-            else:
-                yield _normalized(to_input(batch.images), arguments), batch.labels
-
-
-def _of_memory(
-    data: ImageData, recipe: Recipe | None, arguments: DoctorArguments, size: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    of_train = arguments.part == "train"
-    images = data.train_images if of_train else data.test_images
-    labels = data.train_labels if of_train else data.test_labels
-    order = np.random.default_rng(0).permutation(len(images))
-    for start in range(0, min(len(order), size * arguments.num_batches), size):
-        chosen = order[start : start + size]
-        if len(chosen) < min(size, len(order)):
-            return  # what is left over at the end of a data set is no batch to judge
-        x = torch.from_numpy(images[chosen])
-        if recipe is not None:
-            yield evaluation_input(recipe, x), torch.from_numpy(labels[chosen])
-        else:
-            levels = to_input(x)
-            levels = levels if levels.dim() == 4 else levels.unsqueeze(1)
-            yield _normalized(levels, arguments), torch.from_numpy(labels[chosen])
-
-
-def _normalized(levels: Tensor, arguments: DoctorArguments) -> Tensor:
-    def column(values: tuple[float, ...], flag: str) -> Tensor:
-        if len(values) not in (1, levels.shape[1]):
-            raise ValueError(
-                f"{flag} needs 1 or {levels.shape[1]} numbers for these images, got {len(values)}"
-            )
-        return torch.tensor(values).view(-1, 1, 1)
-
-    return (levels - column(arguments.mean, "--mean")) / column(arguments.std, "--std")
 
 
 def _print(diagnosis: Diagnosis) -> None:

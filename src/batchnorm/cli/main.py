@@ -20,6 +20,12 @@ COMMANDS = {
         "batchnorm.cli.doctor",
         "what is wrong with a model's normalizations, where, and how much each cure helps",
     ),
+    "recalibrate": (
+        "batchnorm.cli.recalibrate",
+        "population statistics for a saved model, from data of yours",
+    ),
+    "fold": ("batchnorm.cli.fold", "take a saved model's normalizations into the layers before them, proved"),
+    "export": ("batchnorm.cli.export", "a saved model to ONNX or torch.export, checked before and after"),
     "shards": (
         "batchnorm.cli.shards",
         "pack a folder of images into tar files, verified; goes on if stopped",
@@ -50,6 +56,7 @@ EXAMPLES = """\
 examples:
   batchnorm train bn-mlp --data digits --steps 2000 --out runs/first
   batchnorm evaluate runs/first
+  batchnorm export runs/first --fold --out first.onnx
   batchnorm reproduce activations --steps 5000 --seeds 2
   batchnorm train --help
 

@@ -8,6 +8,8 @@ from typing import Any
 
 CONNECT_TIMEOUT_S = 15
 READ_TIMEOUT_S = 60
+MAX_BYTES = 1 << 30
+"""Of a file; a server that goes on sending is left."""
 
 
 def md5_of(path: str | Path) -> str:
@@ -122,6 +124,8 @@ class _ProgressBar:
 
     def update(self, num_bytes: int) -> None:
         self._done += num_bytes
+        if self._done > MAX_BYTES:
+            raise ValueError(f"more than {MAX_BYTES:,} bytes came, and no file of ours has as many")
         self._bar.update(self._task, completed=self._done, total=self.total or None)
 
     def close(self) -> None:

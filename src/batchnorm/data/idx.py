@@ -2,6 +2,7 @@
 
 import gzip
 import math
+import os
 import zlib
 from pathlib import Path
 from typing import BinaryIO, NoReturn
@@ -19,7 +20,10 @@ DTYPES: dict[int, np.dtype] = {
 """Element type by the third byte of the file."""
 
 MAX_NDIM = 8
-MAX_BYTES = 1 << 32
+MAX_BYTES = 1 << 30
+"""Of the data; the largest of these sets has half of it."""
+MAX_RATIO = 1032
+"""That deflate can reach: a gzip file cannot hold more."""
 
 
 def read_idx(path: str | Path) -> np.ndarray:
@@ -41,17 +45,18 @@ def read_idx(path: str | Path) -> np.ndarray:
     path = Path(path)
     with open(path, "rb") as file:
         zipped = file.read(2) == b"\x1f\x8b"
+        size = file.seek(0, os.SEEK_END)
         file.seek(0)
         if not zipped:
-            return _parse(file, path)
+            return _parse(file, path, size)
         try:
             with gzip.open(file) as stream:
-                return _parse(stream, path)
+                return _parse(stream, path, size * MAX_RATIO)
         except (OSError, EOFError, zlib.error) as error:
             _refuse(path, "an intact gzip stream", f"a damaged one ({error})", cause=error)
 
 
-def _parse(stream: BinaryIO | gzip.GzipFile, path: Path) -> np.ndarray:
+def _parse(stream: BinaryIO | gzip.GzipFile, path: Path, can_hold: int) -> np.ndarray:
     magic = stream.read(4)
     if len(magic) < 4 or magic[:2] != b"\0\0":
         _refuse(path, "an idx file, which begins with two zero bytes", f"{magic!r}")
@@ -70,6 +75,12 @@ def _parse(stream: BinaryIO | gzip.GzipFile, path: Path) -> np.ndarray:
     # Checked before reading: a damaged header must not make us ask for terabytes.
     if num_bytes > MAX_BYTES:
         _refuse(path, f"at most {MAX_BYTES} bytes of data", f"a header of shape {shape}, {num_bytes} bytes")
+    if num_bytes > can_hold:
+        _refuse(
+            path,
+            f"{num_bytes} bytes of data for shape {shape}",
+            f"a file that holds at most {can_hold} bytes",
+        )
     data = stream.read(num_bytes)
     if len(data) < num_bytes:
         _refuse(path, f"{num_bytes} bytes of data for shape {shape}", f"{len(data)}, so it was cut off")

@@ -20,6 +20,7 @@ from batchnorm.data.names import listing
 from batchnorm.data.pack_shard import verify_shard, write_shard
 from batchnorm.data.shard_index import BLOCK, read_index, write_index
 from batchnorm.data.shards import CLASSES_FILE, MANIFEST_FILE
+from batchnorm.reading import read_json
 
 FORMAT = 1
 LOCK_FILE = "shards.lock"
@@ -248,7 +249,7 @@ def _claim(out: Path, packing: dict[str, Any]) -> None:
     path = out / MANIFEST_FILE
     if path.exists():
         try:
-            there = json.loads(path.read_bytes())["packing"]
+            there = read_json(path)["packing"]
             differing = [name for name, value in packing.items() if there[name] != value]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(

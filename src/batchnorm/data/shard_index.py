@@ -10,9 +10,14 @@ from typing import Any, NoReturn
 
 from batchnorm import files
 from batchnorm.data.names import IMAGE_SUFFIXES, listing
+from batchnorm.reading import parse_json, read_json
 
 FORMAT = 1
 BLOCK = tarfile.BLOCKSIZE
+MAX_INDEX_BYTES = 1 << 30
+"""Of the index of one shard: some hundred bytes an image."""
+MAX_LABEL_BYTES = 1 << 20
+"""Of a .cls, or of a .json that has the label among other things."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ def read_index(shard: Path) -> tuple[ShardIndex, dict[str, Any]] | None:
     It fits while the shard has the size and the time of modification that it had when it was indexed.
     """
     try:
-        written = json.loads(index_path(shard).read_bytes())
+        written = read_json(index_path(shard), MAX_INDEX_BYTES)
         state = shard.stat()
         if (written["format"], written["bytes"], written["mtime_ns"]) != (
             FORMAT,
@@ -61,6 +66,12 @@ def read_index(shard: Path) -> tuple[ShardIndex, dict[str, Any]] | None:
         numbers = [*index.offsets, *index.sizes, *index.labels]
         lengths = {len(index.names), len(index.offsets), len(index.sizes), len(index.labels)}
         if len(lengths) > 1 or not all(type(number) is int and number >= 0 for number in numbers):
+            return None
+        if not all(type(name) is str for name in index.names):
+            return None
+        # What it says lies beyond the end would be asked for, whatever its size.
+        ends = zip(index.offsets, index.sizes, strict=True)
+        if any(offset + size > state.st_size for offset, size in ends):
             return None
         return index, written
     # It is a convenience: whatever is wrong with it, the shard itself tells what it would have told.
@@ -197,9 +208,11 @@ def _label(
             f"{shard}: {key} has no label: neither {key}.cls, which holds a number, nor {key}.json with "
             '"label". Pack the shard again.'
         )
-    content = os.pread(descriptor, member.size, member.offset_data)
+    content = os.pread(descriptor, min(member.size, MAX_LABEL_BYTES), member.offset_data)
     try:
-        label = int(content) if plain else json.loads(content)["label"]
+        if member.size > MAX_LABEL_BYTES:
+            raise ValueError("too long")
+        label = int(content) if plain else parse_json(content)["label"]
         if type(label) is not int or label < 0:
             raise ValueError(label)
     except (ValueError, KeyError, TypeError):

@@ -6,7 +6,6 @@ cannot be taken up in the middle. Here each image has a number and is read from 
 order is a function of a seed, the same for any number of workers, and resuming costs nothing.
 """
 
-import json
 import os
 import re
 from collections import OrderedDict
@@ -19,10 +18,13 @@ import numpy as np
 
 from batchnorm.data.names import Names, listing
 from batchnorm.data.shard_index import expect_leaps, load_index
+from batchnorm.reading import read_json
 
 CLASSES_FILE, MANIFEST_FILE = "classes.json", "shards.json"
 MAX_OPEN = 64
 """Shards that one process keeps open; the usual limit is 1024 files a process, whatever else it has open."""
+MAX_SHARDS = 1_000_000
+"""That a pattern may stand for."""
 NUM_SCANNERS = 8
 """Threads that read headers: they wait for the disk, not for each other."""
 
@@ -76,6 +78,10 @@ def expand(pattern: str | Path) -> list[Path]:
             "of numbers from the first to the last."
         )
     before, first, last, after = match.groups()
+    if int(last) - int(first) >= MAX_SHARDS:
+        raise ValueError(
+            f"{pattern} stands for more than {MAX_SHARDS:,} shards: correct the range of numbers."
+        )
     return [Path(f"{before}{number:0{len(first)}}{after}") for number in range(int(first), int(last) + 1)]
 
 
@@ -207,18 +213,28 @@ def _numbered(folder: Path, name: tuple[str, str]) -> list[Path]:
 def _check_manifest(folder: Path, train: Sequence[Path] | None, val: Sequence[Path] | None) -> None:
     """What `batchnorm shards` says of its work: that it is finished, and which shards there are."""
     try:
-        manifest = json.loads((folder / MANIFEST_FILE).read_bytes())
+        manifest = read_json(folder / MANIFEST_FILE)
+        finished = manifest["finished"]
+        names = {
+            part: [str(shard["name"]) for shard in manifest.get(part, {}).get("shards", ())]
+            for part in ("train", "val")
+        }
+        if finished and not all(names.values()):
+            raise ValueError("it names no shards")
     except FileNotFoundError:
         return
-    if not manifest["finished"]:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{folder / MANIFEST_FILE} is damaged ({error!r}): delete it, or pack the shards again."
+        ) from error
+    if not finished:
         raise ValueError(
             f"{folder} is not packed to the end: give the same batchnorm shards command again, which goes on."
         )
     for part, paths in (("train", train), ("val", val)):
         if paths is not None:
             there = {path.name for path in paths}
-            named = [shard["name"] for shard in manifest[part]["shards"]]
-            if missing := [name for name in named if name not in there]:
+            if missing := [name for name in names[part] if name not in there]:
                 raise FileNotFoundError(
                     f"{folder} lacks {listing(missing)}, which its {MANIFEST_FILE} names: fetch or pack them."
                 )
@@ -227,7 +243,7 @@ def _check_manifest(folder: Path, train: Sequence[Path] | None, val: Sequence[Pa
 def _classes(folder: Path) -> list[str] | None:
     path = folder / CLASSES_FILE
     try:
-        classes = json.loads(path.read_bytes())
+        classes = read_json(path)
     except FileNotFoundError:
         return None
     except ValueError as error:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from batchnorm.diagnostics.stream import Window
 from batchnorm.files import write_bytes
+from batchnorm.reading import read_arrays, read_json
 
 Array = NDArray[np.float64]
 
@@ -219,12 +220,13 @@ def load_histories(path: str | os.PathLike[str]) -> dict[str, LayerHistory]:
     layers: dict[str, dict[str, Any]] = {}
     try:
         if path.suffix == ".json":
-            layers = json.loads(path.read_text())
+            layers = read_json(path)
+        elif path.suffix == ".npz":
+            for key, values in read_arrays(path).items():
+                name, _, field = key.rpartition("/")
+                layers.setdefault(name, {})[field] = values
         else:
-            with np.load(path, allow_pickle=False) as stored:
-                for key in stored.files:
-                    name, _, field = key.rpartition("/")
-                    layers.setdefault(name, {})[field] = stored[key]
+            raise ValueError(f"a history ends in .json or .npz, got {path.name!r}")
         return {name: _shaped(layer) for name, layer in layers.items()}
     except (TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} does not hold histories of layers: {error}") from error

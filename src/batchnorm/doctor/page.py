@@ -2,13 +2,13 @@
 
 import os
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from batchnorm import __version__
 from batchnorm.doctor.diagnosis import LEVELS, Diagnosis, Finding
 from batchnorm.doctor.observe import BINS
 from batchnorm.files import write_bytes
@@ -41,7 +41,7 @@ def write_page(diagnosis: Diagnosis, path: str | os.PathLike[str], title: str) -
         stops=_stops(diagnosis),
         layers=embedded(_layers(diagnosis)),
         edges=embedded(BINS.numpy()),
-        version=__version__,
+        version=version("batchnorm"),
     )
     write_bytes(Path(path), html.encode())
     return Path(path)

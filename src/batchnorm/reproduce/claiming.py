@@ -1,10 +1,10 @@
 """Whose folder it is: one experiment's, with the settings that decide its numbers."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from batchnorm.files import write_json
+from batchnorm.reading import read_json
 
 
 def claim_folder(out: Path, settings: Mapping[str, object]) -> None:
@@ -22,8 +22,10 @@ def claim_folder(out: Path, settings: Mapping[str, object]) -> None:
         write_json(path, settings)
         return
     try:
-        found = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        found = read_json(path)
+        if not isinstance(found, dict):
+            raise ValueError("expected an object")
+    except ValueError as error:
         raise ValueError(
             f"{path} is not readable ({error}): give another --out, or delete the folder"
         ) from None

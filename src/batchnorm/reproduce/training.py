@@ -1,6 +1,5 @@
 """Networks trained by recipes, one a core, as jobs that a stopped experiment takes up again."""
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ import torch
 
 from batchnorm.data import load
 from batchnorm.files import write_json
+from batchnorm.reading import read_json
 from batchnorm.reproduce.pool import advance, run_jobs
 from batchnorm.train import Recipe, train
 from batchnorm.train.metrics import read_metrics
@@ -48,7 +48,7 @@ class Course:
             ValueError, KeyError, TypeError: It is not whole.
             OSError: It is not there.
         """
-        found = json.loads(path.read_text())
+        found = read_json(path)
         if found["format"] != FORMAT:
             raise ValueError(f"{path}: format {found['format']}, this version reads {FORMAT}")
         rows = [row for row in found["metrics"] if "accuracy" in row]

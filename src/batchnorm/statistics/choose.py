@@ -25,6 +25,18 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+def mark_settled(model: nn.Module) -> None:
+    """Note on averages of weights that their statistics were measured, and at which update."""
+    for module in model.modules():
+        if isinstance(module, AveragedModel):
+            module.__dict__["_settled_at"] = int(module.n_averaged)
+
+
+def is_settled(model: AveragedModel) -> bool:
+    """Whether an average's statistics were measured since its last update; not known of a loaded one."""
+    return bool(model.__dict__.get("_settled_at") == int(model.n_averaged))
+
+
 def choose(model: nn.Module) -> tuple[dict[str, _BatchNorm], list[str]]:
     """The layers to recalibrate, and a note on each batch normalization that is not one of them.
 

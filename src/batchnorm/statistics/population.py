@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from batchnorm import files
 from batchnorm.moments import Moments
+from batchnorm.reading import parse_json
 from batchnorm.statistics.choose import choose, restored, unwrapped
 from batchnorm.statistics.feeding import Forward
 from batchnorm.statistics.install import install
@@ -233,7 +234,7 @@ class Population:
                     raise ValueError(
                         f"its metadata have no entry {_HEADER!r}: Population.save did not write it"
                     )
-                header = json.loads(text)
+                header = parse_json(text)
                 if header["format"] != _FORMAT:
                     raise ValueError(f"it has format {header['format']}, and this version reads {_FORMAT}")
                 moments, spreads, num_calls = {}, {}, {}

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, SequentialSampler
 
-from batchnorm.statistics.choose import choose, restored, unwrapped
+from batchnorm.statistics.choose import choose, mark_settled, restored, unwrapped
 from batchnorm.statistics.feeding import Forward
 from batchnorm.statistics.install import install
 from batchnorm.statistics.methods import METHODS, Found, find, standard_errors
@@ -155,6 +155,7 @@ def recalibrate(
         keep_better=keep_better,
         group=group,
     )
+    mark_settled(model)
     unreached = [name for name in layers if name not in found.statistics]
     notes += [f"{name!r} unchanged: no batch reached it in evaluation mode" for name in unreached]
     notes += _gap_notes(gaps)

@@ -1,7 +1,6 @@
 """The state of a training run as a folder of safetensors and JSON, checked when it is read back."""
 
 import hashlib
-import json
 import re
 import warnings
 from collections.abc import Mapping
@@ -11,10 +10,10 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from batchnorm import files
+from batchnorm.reading import parse_json, parse_safetensors, read_json
 from batchnorm.train.ranks import Ranks
 
 FORMAT = 1
@@ -84,8 +83,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
                 raise ValueError(f"{len(data)} bytes where {expected['bytes']} were written")
             if hashlib.sha256(data).hexdigest() != expected["sha256"]:
                 raise ValueError("its checksum is not the one written")
-            parts[name] = safetensors.torch.load(data)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            parts[name] = parse_safetensors(data)
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path / name} is missing or damaged: {error}") from error
     facts = {name: value for name, value in state.items() if name not in ("format", "step", "files")}
     return Checkpoint(state["step"], parts[MODEL_FILE], parts[TRAINING_FILE], facts)
@@ -116,8 +115,8 @@ def share_checkpoint(ranks: Ranks, checkpoint: Checkpoint | None) -> Checkpoint 
     model, training, told = (ranks.broadcast(part) for part in parts)
     if not told:
         return None
-    said = json.loads(told)
-    load = safetensors.torch.load
+    said = parse_json(told)
+    load = parse_safetensors
     return Checkpoint(said["step"], load(model), load(training), said["facts"])
 
 
@@ -218,11 +217,13 @@ def _best(paths: list[Path]) -> Path | None:
 
 def _read_state(path: Path) -> dict[str, Any]:
     try:
-        state = json.loads((path / STATE_FILE).read_bytes())
+        state = read_json(path / STATE_FILE)
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise ValueError(f"expected a JSON object with format {FORMAT}")
         if path.name != f"step-{state['step']}" or not isinstance(state["files"], dict):
             raise ValueError("it does not describe this folder")
+        if type(state.get("accuracy")) not in (int, float, type(None)):
+            raise ValueError("accuracy must be a number")
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path / STATE_FILE} is missing or damaged: {error}") from error
     return state

@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any
 
 from batchnorm import files
+from batchnorm.reading import parse_json
 
 REFRESH_S = 0.2
 
@@ -23,7 +24,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
+            row["step"] + 0
             if rows and row["step"] <= rows[-1]["step"]:
                 raise ValueError(f"step {row['step']} follows step {rows[-1]['step']}")
         except (ValueError, TypeError, KeyError) as error:

@@ -140,7 +140,7 @@ def _read(path: Path, said_of: dict[str, str]) -> Predictions | None:
             if file.metadata() != {"of": json.dumps(said_of)}:
                 return None
             return Predictions(file.get_tensor("log_probabilities"), file.get_tensor("labels").numpy())
-    except (OSError, SafetensorError):
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None  # Not there, or damaged: it is made again.
 
 

@@ -2,7 +2,6 @@
 
 import fcntl
 import hashlib
-import json
 import os
 import platform
 import warnings
@@ -12,13 +11,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from batchnorm import files
 from batchnorm.data import ImageData
+from batchnorm.reading import parse_safetensors, read_json
 from batchnorm.train.checkpoint import find_checkpoint, load_checkpoint
 from batchnorm.train.feed import Data
 from batchnorm.train.recipe import InceptionRecipe, Recipe
@@ -88,7 +86,7 @@ def read_run(folder: Path) -> tuple[Recipe, dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not a run: it has no {RECIPE_FILE}.")
     try:
-        written = json.loads(path.read_bytes())
+        written = read_json(path)
         if not isinstance(written, dict) or set(written) != {"format", "recipe", "data"}:
             raise ValueError("expected an object with format, recipe and data")
         if written["format"] != FORMAT:
@@ -97,7 +95,7 @@ def read_run(folder: Path) -> tuple[Recipe, dict[str, Any]]:
         if not isinstance(recipe, dict) or not isinstance(facts, dict) or set(facts) != DATA_FACTS:
             raise ValueError(f"recipe must be an object, and data one with {', '.join(sorted(DATA_FACTS))}")
         return Recipe.from_json(recipe), facts
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path} cannot be used: {error}") from error
 
 
@@ -124,8 +122,8 @@ def load_model(folder: Path, model: nn.Module, checkpoint: str | None = None) ->
                 f"{folder} is not finished: it has no {MODEL_FILE}. Train on, or name a checkpoint."
             )
         try:
-            tensors = safetensors.torch.load(path.read_bytes())
-        except SafetensorError as error:
+            tensors = parse_safetensors(path.read_bytes())
+        except ValueError as error:
             raise ValueError(
                 f"{path} is damaged: {error}. Delete it and train again to have it rewritten."
             ) from error
@@ -225,7 +223,7 @@ def _write_environment(folder: Path, now: dict[str, Any]) -> None:
     earlier: Any = None
     if path.exists():
         try:
-            earlier = json.loads(path.read_bytes())
+            earlier = read_json(path)
         except ValueError:
             earlier = None
     if isinstance(earlier, dict):

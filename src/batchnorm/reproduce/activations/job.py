@@ -13,6 +13,7 @@ from torch import Tensor
 from batchnorm.data import ImageData, batch_indices, load, to_input
 from batchnorm.files import write_bytes
 from batchnorm.models.stack import StackedMLP
+from batchnorm.reading import read_arrays
 from batchnorm.reproduce.activations.experiment import Activations
 from batchnorm.reproduce.pool import advance
 from batchnorm.statistics import recalibrate
@@ -44,8 +45,7 @@ class History:
     @classmethod
     def read(cls, path: Path) -> "History":
         """Read what `save` wrote."""
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
-            return cls(**arrays)
+        return cls(**read_arrays(path))
 
 
 def path_of(experiment: Activations, seed: int, normalize: bool) -> Path:

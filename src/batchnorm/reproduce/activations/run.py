@@ -3,7 +3,6 @@
 import json
 import sys
 import time
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 
 from batchnorm.data import load, num_cores
 from batchnorm.files import write_json
+from batchnorm.reading import read_json
 from batchnorm.reproduce.activations.experiment import Activations
 from batchnorm.reproduce.activations.job import History, path_of, run_job
 from batchnorm.reproduce.activations.page import write_report
@@ -70,14 +70,14 @@ def _footer(experiment: Activations, summary: Mapping[str, Any]) -> dict[str, ob
 
 def _earlier_wall_s(out: Path) -> float | None:
     try:
-        return json.loads((out / "result.json").read_text())["wall_s"]
-    except (OSError, ValueError, KeyError):
+        return read_json(out / "result.json")["wall_s"]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def _is_whole(path: Path) -> bool:
     try:
         History.read(path)
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, EOFError):
+    except (OSError, ValueError, TypeError):
         return False
     return True
