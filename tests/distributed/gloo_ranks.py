@@ -21,7 +21,7 @@ Answers = dict[tuple[str, int], object]
 """What every case returned on every rank, by (case, rank); a traceback, as text, where it raised."""
 
 
-def run(module: str, num_ranks: int, limit_s: float = 900) -> Answers:
+def run(module: str, num_ranks: int, limit_s: float = 300) -> Answers:
     """Run all cases in ``module.CASES`` one after the other, in the same processes.
 
     What has not come when the time is up is missing, and the processes are killed.

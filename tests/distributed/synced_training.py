@@ -127,6 +127,11 @@ def alone_where_nothing_is_shared(rank: int, num_ranks: int) -> None:
     same_bits(lambda m: m.eval(), nullcontext)
     same_bits(bn.freeze, nullcontext)
     same_bits(lambda m: None, distributed.alone)
+    # Without running statistics evaluation is by the batch, too: by this rank's.
+    layer = layers.SyncedBatchNorm1d(3, track_running_stats=False).eval()
+    x = torch.randn(4 + rank, 3)
+    assert collectives(lambda: layer(x)) == []
+    assert torch.equal(layer(x), layers.BatchNorm1d(3, track_running_stats=False)(x))
 
 
 def single_sample(rank: int, num_ranks: int) -> str:
