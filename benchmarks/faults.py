@@ -59,8 +59,8 @@ def main() -> None:
     )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--checkpoint-every", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--checkpoint-every", type=int, default=10)
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds a rank waits for another")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-others", action="store_true", help="only the kills")
@@ -95,22 +95,26 @@ def main() -> None:
 
 def kills(folder: Path, options: argparse.Namespace, tell: Callable[[str], None]) -> dict[str, Any]:
     began = time.perf_counter()
-    Agent(start(folder / "whole", options, restarts=0)).wait(3600)
+    agent = Agent(start(folder / "whole", options, restarts=0))
+    while agent.is_running() and not newest(folder / "whole"):
+        time.sleep(0.02)
+    first_s = time.perf_counter() - began
+    agent.wait(3600)
     whole_s = time.perf_counter() - began
-    tell(f"undisturbed: {whole_s:.1f} s")
+    tell(f"undisturbed: {whole_s:.1f} s, of which {first_s:.1f} s to the first checkpoint")
     chance = random.Random(options.seed)
     found: list[dict[str, Any]] = []
     runs = 0
     while len(found) < options.kills:
         out = folder / f"killed-{runs}"
-        mine = disturb(out, options, chance, options.kills - len(found), whole_s, tell)
+        mine = disturb(out, options, chance, options.kills - len(found), first_s, whole_s, tell)
         same = is_same(folder / "whole", out)
         tell(f"run {runs}: {len(mine)} kills; ends with the bits of the undisturbed one: {same}")
         for kill in mine:
             kill["survived"] = same and kill.pop("went_on")
         found += mine
         runs += 1
-    return {"whole_s": whole_s, "runs": runs, "kills": found}
+    return {"whole_s": whole_s, "first_checkpoint_s": first_s, "runs": runs, "kills": found}
 
 
 def start(out: Path, options: argparse.Namespace, restarts: int) -> int:
@@ -160,6 +164,7 @@ def disturb(
     options: argparse.Namespace,
     chance: random.Random,
     most: int,
+    first_s: float,
     whole_s: float,
     tell: Callable[[str], None],
 ) -> list[dict[str, Any]]:
@@ -176,7 +181,7 @@ def disturb(
             break
         if done:
             done[-1] |= {"went_on": True, "restart_s": round(time.perf_counter() - began, 2)}
-        time.sleep(chance.uniform(0, 0.6 * whole_s))
+        wait_for_an_instant(agent, out, options, chance, first_s, limit_s)
         victim = chance.randrange(options.ranks)
         if not agent.is_running():
             break
@@ -197,6 +202,26 @@ def disturb(
     elif done:
         done[-1]["went_on"] = agent.status == 0
     return done
+
+
+def wait_for_an_instant(
+    agent: "Agent",
+    out: Path,
+    options: argparse.Namespace,
+    chance: random.Random,
+    first_s: float,
+    limit_s: float,
+) -> None:
+    """Every third within the time that a start takes; else somewhere in the next few checkpoints' steps."""
+    if chance.random() < 1 / 3:
+        time.sleep(chance.uniform(0, first_s))
+        return
+    began, reached = time.perf_counter(), newest(out)
+    steps = reached + options.checkpoint_every * chance.randint(1, 4)
+    while agent.is_running() and newest(out) < steps and time.perf_counter() < began + limit_s:
+        time.sleep(0.005)
+    each_s = (time.perf_counter() - began) * options.checkpoint_every / max(newest(out) - reached, 1)
+    time.sleep(chance.uniform(0, min(each_s, 2.0)))
 
 
 class Agent:

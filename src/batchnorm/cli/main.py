@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 import traceback
 import warnings
@@ -77,7 +78,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: After `--help`, `--version` or arguments that cannot be understood.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    status = _run(list(sys.argv[1:] if argv is None else argv))
+    if argv is None and "RANK" in os.environ and "torch.distributed" in sys.modules:
+        # DDP keeps gloo's threads, and one that drops the last collective's tensors while Python ends
+        # aborts the process (torch 2.13): so Python does not end.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def _run(arguments: list[str]) -> int:
     # Understood before and after the subcommand, whose own flags are derived from dataclasses.
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]

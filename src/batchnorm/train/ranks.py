@@ -41,10 +41,8 @@ class Ranks:
     """How many there are; alone, nothing is exchanged and nothing computed differently."""
     num_local: int = 1
     """How many of them this machine has."""
-    group: dist.ProcessGroup | None = None
-    """All of them, for tensors on the training device; None when alone."""
-    talk: dist.ProcessGroup | None = None
-    """All of them, for tensors on the CPU."""
+    made: dist.ProcessGroup | None = None
+    """A group for tensors on the CPU, where the default group cannot carry them."""
 
     @classmethod
     def here(cls) -> "Ranks":
@@ -54,9 +52,19 @@ class Ranks:
         group = dist.group.WORLD
         # One made with nccl alone cannot reach the CPU.
         on_cpu = "cpu" in dist.get_backend_config(group)
-        talk = group if on_cpu else dist.new_group(backend="gloo")
+        made = None if on_cpu else dist.new_group(backend="gloo")
         num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        return cls(dist.get_rank(), dist.get_world_size(), num_local, group, talk)
+        return cls(dist.get_rank(), dist.get_world_size(), num_local, made)
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """All of them, for tensors on the training device; None when alone."""
+        return dist.group.WORLD if self.num > 1 else None
+
+    @property
+    def talk(self) -> dist.ProcessGroup | None:
+        """All of them, for tensors on the CPU."""
+        return self.made or self.group
 
     @property
     def is_first(self) -> bool:
