@@ -8,7 +8,7 @@ import pickle
 import struct
 import tarfile
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -25,7 +25,8 @@ from batchnorm.data.decode import BadImage, read_crop
 from batchnorm.data.idx import read_idx
 from batchnorm.data.shard_index import index_path, load_index, scan_shard
 from batchnorm.data.shards import open_shards
-from batchnorm.diagnostics.history import LayerHistory, load_histories
+from batchnorm.diagnostics import history
+from batchnorm.diagnostics.history import load_histories
 from batchnorm.reading import read_arrays, read_json, read_torch
 from batchnorm.reproduce.claiming import claim_folder
 from batchnorm.reproduce.training import Course
@@ -124,8 +125,8 @@ def _torch_files() -> list[bytes]:
 
 
 def _history() -> dict[str, np.ndarray]:
-    shapes = {"step": (2,), "units": (3,), "levels": (1,), "percentiles": (2, 1, 3), "pooled": (2, 1)}
-    return {f.name: np.ones(shapes.get(f.name, (2, 3))) for f in fields(LayerHistory)}
+    sizes = {"T": 2, "U": 3, "P": 1, "V": 1}
+    return {name: np.ones([sizes[dim] for dim in dims]) for name, dims in history._DIMS.items()}
 
 
 def _arrays() -> list[bytes]:

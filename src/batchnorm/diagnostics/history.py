@@ -221,12 +221,10 @@ def load_histories(path: str | os.PathLike[str]) -> dict[str, LayerHistory]:
     try:
         if path.suffix == ".json":
             layers = read_json(path)
-        elif path.suffix == ".npz":
+        else:
             for key, values in read_arrays(path).items():
                 name, _, field = key.rpartition("/")
                 layers.setdefault(name, {})[field] = values
-        else:
-            raise ValueError(f"a history ends in .json or .npz, got {path.name!r}")
         return {name: _shaped(layer) for name, layer in layers.items()}
     except (TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} does not hold histories of layers: {error}") from error

@@ -7,7 +7,6 @@ compiled, a process group cannot.
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 import torch.distributed as dist
 
 WORLD = ""
@@ -40,7 +39,6 @@ def are_many(name: str) -> bool:
     return not _num_alone and num_ranks(name) > 1
 
 
-@torch.compiler.assume_constant_result
 def num_ranks(name: str) -> int:
     """Ranks of a group; 1 where no process group has been started.
 
@@ -50,6 +48,10 @@ def num_ranks(name: str) -> int:
     if not dist.is_available() or not dist.is_initialized():
         return 1
     return dist.get_world_size(group_named(name))
+
+
+# As `torch.compiler.assume_constant_result` marks it, which would import the compiler and Triton.
+num_ranks.__dict__["_dynamo_marked_constant"] = True
 
 
 def group_named(name: str) -> dist.ProcessGroup:
