@@ -1,7 +1,10 @@
+import copy
+
 import pytest
 import torch
 from torch.library import opcheck
 
+import batchnorm as bn
 from batchnorm.kernels import ops
 
 CASES = {
@@ -44,3 +47,19 @@ def test_normalize_backward_keeps_its_contract(case):
     dy = torch.randn_like(y).requires_grad_()
     inputs = (dy, x, None, gamma, beta, residual, mask, mean, var, count, eps, activation)
     opcheck(torch.ops.batchnorm.normalize_backward.default, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_gradients_where_pytorchs_own_kernel_is_asked_for(dtype):
+    x = torch.randn(8, 4, 5, 5, dtype=dtype)
+    layer = bn.BatchNorm2d(4, activation="relu")
+    compiled = torch.compile(copy.deepcopy(layer), fullgraph=True)
+    grads = []
+    with bn.kernels.use("torch"):
+        for run in (layer, compiled):
+            leaf = x.clone().requires_grad_()
+            y = run(leaf)
+            y.float().square().sum().backward()
+            grads.append((y, leaf.grad))
+    for eager, found in zip(*grads, strict=True):
+        torch.testing.assert_close(found, eager)

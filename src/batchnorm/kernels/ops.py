@@ -62,6 +62,9 @@ def normalize_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`Kernel.backward` as an operator; without a residual (given, or told by ``y``) the last is empty."""
     kernel, moments = kernel_for(x, gamma, beta, residual, mask, activation), Moments(mean, var, count)
+    if kernel is dispatch.KERNELS["torch"]:
+        # Its gradient is autograd's, which records nothing inside an operator.
+        kernel = dispatch.KERNELS["reference"]
     dx, dgamma, dbeta, dz = kernel.backward(dy, x, y, gamma, beta, residual, mask, moments, eps, activation)
     if dz is None:
         dz = x.new_empty(0)
