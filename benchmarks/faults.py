@@ -3,8 +3,8 @@
 Random ranks of torchrun's elastic agent are killed with SIGKILL at random instants, of start-up, training,
 evaluation and writing. A kill is survived if the next attempt goes on from a whole checkpoint, nothing hangs
 past its limit, and the run ends with the bits of one that nobody disturbed. Then come the faults of
-tests/distributed_train/test_faults.py. Writes one JSON file and a log beside it; about ten minutes on two
-idle cores.
+tests/distributed_train/test_faults.py and, for root on Linux, the links of test_two_hosts.py that go down.
+Writes one JSON file and a log beside it; about ten minutes on two idle cores.
 """
 
 import argparse
@@ -284,8 +284,9 @@ def other_faults(tell: Callable[[str], None]) -> list[dict[str, Any]]:
     """The faults that are tests, each survived or not."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
-        tests = ROOT / "tests" / "distributed_train" / "test_faults.py"
-        command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", str(tests)]
+        folder_of_tests = ROOT / "tests" / "distributed_train"
+        tests = [str(folder_of_tests / name) for name in ("test_faults.py", "test_two_hosts.py")]
+        command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *tests]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         tell(done.stdout)
         cases = ElementTree.parse(report).getroot().iter("testcase")

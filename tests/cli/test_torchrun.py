@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -131,6 +132,36 @@ def test_others_that_never_come(monkeypatch):
         with joined(1.0, "cpu"):
             pass
     assert not dist.is_initialized()
+
+
+@pytest.fixture
+def dead_link(monkeypatch):
+    """Rank 1's way to the store: connections are taken and never answered."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = str(silent.getsockname()[1])
+        variables = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        yield
+
+
+@pytest.mark.parametrize("agent_store", ["True", "False"], ids=["torchrun's store", "rank 0's store"])
+def test_a_link_that_is_dead_from_the_start(dead_link, monkeypatch, agent_store):
+    """Over it PyTorch's own limit does not count."""
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", agent_store)
+    with pytest.raises(OSError, match=r"rank 1 of 2 could not join the others at .* within 1 s: no answer"):
+        with joined(1.0, "cpu"):
+            pass
+    assert not dist.is_initialized()
+
+
+@pytest.mark.slow
+def test_a_process_on_a_dead_link_ends(dead_link, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    command = [sys.executable, "-m", "batchnorm", "train", "mlp", "--out", tmp_path, "--timeout", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
+    assert done.returncode == 2
+    assert done.stderr.startswith("batchnorm: error: rank 1 of 2 could not join the others")
 
 
 def test_only_rank_0_prints(monkeypatch, capsys):

@@ -2,8 +2,9 @@
 
 import contextlib
 import os
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import torch
@@ -54,7 +55,7 @@ def joined(timeout_s: float, device_name: str) -> Iterator[Ranks]:
     if not launched():
         yield Ranks()
         return
-    backend = "gloo"
+    backend, gpu = "gloo", None
     if resolve_device(device_name).type == "cuda":
         local, num_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if local >= num_gpus:
@@ -63,12 +64,12 @@ def joined(timeout_s: float, device_name: str) -> Iterator[Ranks]:
                 f"start at most --nproc-per-node {num_gpus}, or train with --device cpu."
             )
         torch.cuda.set_device(local)
-        backend = "cpu:gloo,cuda:nccl"
+        backend, gpu = "cpu:gloo,cuda:nccl", local
     if not is_first():
         # What rank 0 is warned of, the others are, too.
         warnings.simplefilter("ignore")
     try:
-        _join(backend, timeout_s)
+        _within(timeout_s, lambda: _join(backend, gpu, timeout_s))
     except (dist.DistError, RuntimeError, TimeoutError) as error:
         raise OSError(
             f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} could not join the others at "
@@ -83,7 +84,35 @@ def joined(timeout_s: float, device_name: str) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def _join(backend: str, timeout_s: float) -> None:
+def _within(timeout_s: float, action: Callable[[], None]) -> None:
+    """Do it in another thread, and give that up when the time is over.
+
+    The limit of a store is only for keys that are not there yet: for an answer over a dead link it waits as
+    long as the kernel does, a quarter of an hour.
+    """
+    errors: list[Exception] = []
+
+    def attempt() -> None:
+        try:
+            action()
+        except Exception as error:
+            errors.append(error)
+
+    # A daemon, so that the process can end without it.
+    thread = threading.Thread(target=attempt, name="join", daemon=True)
+    thread.start()
+    # What has a limit of its own says more, and shall come first.
+    thread.join(1.1 * timeout_s + 1)
+    if thread.is_alive():
+        raise TimeoutError("no answer")
+    if errors:
+        raise errors[0]
+
+
+def _join(backend: str, gpu: int | None, timeout_s: float) -> None:
+    if gpu is not None:
+        # Each thread has a GPU of its own.
+        torch.cuda.set_device(gpu)
     timeout = timedelta(seconds=timeout_s)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         dist.init_process_group(backend, timeout=timeout)

@@ -215,6 +215,9 @@ KINDS: tuple[type[Exception], ...] = (
 )
 """As which an error is raised on the ranks that did not meet it."""
 
+LOST = ("gloo", "connection closed", "connection reset", "timed out", "pair closure", "nccl")
+"""What PyTorch says of a collective that lost another rank, as gloo's errors have no class of their own."""
+
 ALONE = Ranks()
 """No other process trains with this one."""
 
@@ -243,6 +246,4 @@ def _is_lost(error: RuntimeError) -> bool:
     if isinstance(error, dist.DistBackendError | dist.DistNetworkError):
         return True
     said = str(error).lower()
-    return any(
-        sign in said for sign in ("gloo", "connection closed", "connection reset", "timed out", "nccl")
-    )
+    return any(sign in said for sign in LOST)
