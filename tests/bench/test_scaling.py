@@ -1,6 +1,7 @@
 """The model of step time: by hand on round numbers, its laws, and the published runs it is held against."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -114,7 +115,7 @@ def test_slower_links_never_make_a_step_faster(field):
         return [step.total_s for row in rows for step in row[1:]]
 
     slower = [totals(times) for times in (1.0, 2.0, 10.0)]
-    for fast, slow in zip(slower, slower[1:], strict=False):
+    for fast, slow in pairwise(slower):
         assert all(a <= b for a, b in zip(fast, slow, strict=True))
         assert fast[-1] < slow[-1]
 
@@ -123,7 +124,7 @@ def test_slower_links_never_make_a_step_faster(field):
 def test_more_ranks_never_make_a_step_faster(name):
     rows = table(bn_inception(), CLUSTERS[name], batch=32)
     assert [row.ranks for row in rows] == list(RANKS)
-    for before, after in zip(rows, rows[1:], strict=False):
+    for before, after in pairwise(rows):
         assert all(a.total_s <= b.total_s for a, b in zip(before[1:], after[1:], strict=True))
 
 
