@@ -1,6 +1,7 @@
 """Training steps of 1, 2 and 4 processes on this machine, beside what the model of step time says of them."""
 
 import copy
+import multiprocessing
 import os
 import statistics
 import tempfile
@@ -8,6 +9,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from batchnorm import distributed
 from batchnorm.bench.networks import TITLES, Network, network_of, training_step
 from batchnorm.bench.scaling import Line, Measured, Work, step_time, stretch
-from batchnorm.bench.timing import Timing, environment, process
+from batchnorm.bench.timing import Timing, environment
 from batchnorm.distributed.collectives import all_gather, all_sum
 from batchnorm.distributed.watchdog import Call
 from batchnorm.kernels import keep_freed_memory
@@ -34,8 +36,8 @@ PAIRS = "synced BN, groups of 2"
 
 _NUM_WARM = 3
 _TIMEOUT = timedelta(minutes=3)
-_SMALL, _LARGE = 129, 2**17
-"""Numbers of float64 by which links are measured: of a layer of 64 channels, and 1 MiB."""
+_SMALL, _LARGE = 129, 2**19
+"""Numbers of float64 by which links are measured: of a layer of 64 channels, and 4 MiB."""
 
 _steps: dict[str, Callable[[], object]] = {}
 """Forms that this process has prepared."""
@@ -75,7 +77,9 @@ def measure(
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         progress(f"starting {sum(ranks)} processes")
-        teams = {n: _Team(stack, n, folder / str(n), threads) for n in ranks}
+        teams = {n: _Team(stack, n) for n in ranks}
+        for n, team in teams.items():
+            team.join(stack, folder / str(n), threads)
         for network in networks:
             progress(f"{network}: preparing")
             prepared = {n: team.run(_prepare, network) for n, team in teams.items()}
@@ -185,16 +189,19 @@ def _rounded(value: float) -> float:
 
 
 def _fit(rounds: Sequence[Mapping[str, Mapping[int, Sequence[float]]]]) -> Measured:
-    """Lines through the medians of small and large collectives."""
+    """Lines through small and large collectives: latency by the median, bandwidth by the fastest.
+
+    What other programs take from a large one would be taken for bandwidth.
+    """
 
     def lines(kind: str, share: Callable[[int], float]) -> dict[int, Line]:
         found = {}
         for ranks in rounds[0][kind]:
-            small, large = (statistics.median(each[kind][ranks][i] for each in rounds) for i in (0, 1))
+            small, large = ([each[kind][ranks][i] for each in rounds] for i in (0, 1))
             sent = share(ranks) * 8 * (_LARGE - _SMALL)
-            # The large ones may look faster where other programs disturbed the small ones.
-            bytes_s = sent / max(large - small, 1e-9)
-            found[ranks] = Line(max(0.0, small - share(ranks) * 8 * _SMALL / bytes_s), bytes_s)
+            bytes_s = sent / max(min(large) - min(small), 1e-9)
+            latency_s = statistics.median(small) - share(ranks) * 8 * _SMALL / bytes_s
+            found[ranks] = Line(max(0.0, latency_s), bytes_s)
         return found
 
     return Measured(lines("gather", lambda n: n - 1), lines("reduce", lambda n: 2 * (n - 1) / n))
@@ -203,11 +210,17 @@ def _fit(rounds: Sequence[Mapping[str, Mapping[int, Sequence[float]]]]) -> Measu
 class _Team:
     """Processes that are the ranks of one process group, each waiting for calls."""
 
-    def __init__(self, stack: ExitStack, ranks: int, meeting: Path, threads: int) -> None:
+    def __init__(self, stack: ExitStack, ranks: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pools = [stack.enter_context(ProcessPoolExecutor(1, context)) for _ in range(ranks)]
         # The profiler counts collectives, and would print a line each time it starts and stops.
         with environment(KINETO_LOG_LEVEL="9"):
-            self._pools = [stack.enter_context(process("default", threads)) for _ in range(ranks)]
-        self.run(_join, ranks, str(meeting), numbered=True)
+            for pool in self._pools:
+                pool.submit(os.getpid)  # starts it, and does not wait: imports take seconds
+
+    def join(self, stack: ExitStack, meeting: Path, threads: int) -> None:
+        """Make them a process group, until the stack unwinds."""
+        self.run(_join, len(self._pools), str(meeting), threads, numbered=True)
         stack.callback(self.run, _leave)
 
     def run(self, call: Callable[..., Any], *args: Any, numbered: bool = False) -> Any:
@@ -222,8 +235,10 @@ class _Team:
 # In the ranks.
 
 
-def _join(rank: int, ranks: int, meeting: str) -> None:
+def _join(rank: int, ranks: int, meeting: str, threads: int) -> None:
     keep_freed_memory()
+    if threads:
+        torch.set_num_threads(threads)
     dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=ranks, timeout=_TIMEOUT)
 
 
