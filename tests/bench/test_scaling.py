@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
@@ -159,3 +160,12 @@ def test_what_cannot_be_is_refused():
         step_time(WORK, LINKS, ranks=4, compute_s=1.0, group_size=3)
     with pytest.raises(ValueError, match="overlap must be a share"):
         step_time(WORK, LINKS, ranks=4, compute_s=1.0, overlap=2.0)
+
+
+def test_the_page_has_the_models_tables():
+    page = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text()
+    for build, gpu in ((bn_inception, "a100"), (resnet50, "a100"), (resnet50, "p100")):
+        for row in table(build(), CLUSTERS[gpu], batch=32):
+            steps = " | ".join(f"{1000 * s.total_s:.1f} ({100 * s.efficiency:.0f} %)" for s in row[1:])
+            parts = (row.synced.gather_s, row.synced.reduce_s, row.synced.passes_s)
+            assert f"| {row.ranks:,} | {steps} | {' | '.join(f'{1000 * s:.1f}' for s in parts)} |\n" in page
