@@ -5,6 +5,7 @@ import json
 import pytest
 
 from batchnorm.bench import watch
+from batchnorm.bench.networks import NETWORKS
 from batchnorm.cli import bench, main
 
 
@@ -37,7 +38,7 @@ def test_a_period_counts_the_record_the_step_after_and_all_others(monkeypatch):
     assert clock.order[:4] == ["watched", "plain", "plain", "watched"]  # neither is always first
 
 
-@pytest.mark.parametrize("network", watch.NETWORKS)
+@pytest.mark.parametrize("network", NETWORKS)
 def test_networks_have_normalizations_and_can_be_trained(network):
     found = watch._measure(network, 2, 0.0)
     assert found["layers"] == {"mlp": 3, "cifar10": 69, "resnet": 9}[network]

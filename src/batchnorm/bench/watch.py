@@ -5,24 +5,14 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
+from batchnorm.bench.networks import NETWORKS, TITLES, Network, network_of, training_step
 from batchnorm.bench.timing import Timing, process, synchronize
 from batchnorm.diagnostics import watch
-from batchnorm.models import inception, mlp
-from batchnorm.surgery import insert
 
-Network = Literal["mlp", "cifar10", "resnet"]
-NETWORKS: tuple[Network, ...] = get_args(Network)
-_TITLES: dict[Network, str] = {
-    "mlp": "784-100-100-100-10 with BN, batch 60",
-    "cifar10": "BN-Inception at the scale of CIFAR-10, 32×32, batch 32",
-    "resnet": "residual network of 9 convolutions, 32×32, batch 32",
-}
 _LEAST_PERIODS = 3
 
 
@@ -53,7 +43,7 @@ def measure(
     """
     found = []
     for network in networks:
-        progress(f"{network}: {_TITLES[network]}")
+        progress(f"{network}: {TITLES[network]}")
         with process("default", threads) as fresh:
             found.append(fresh.submit(_measure, network, every, seconds).result())
     return found
@@ -61,8 +51,8 @@ def measure(
 
 def _measure(network: Network, every: int, seconds: float) -> dict[str, Any]:
     torch.manual_seed(0)
-    net, x, labels = _network(network)
-    plain, watched = _step(copy.deepcopy(net), x, labels), _step(net, x, labels)
+    net, x, labels = network_of(network)
+    plain, watched = training_step(copy.deepcopy(net), x, labels), training_step(net, x, labels)
     for _ in range(3):
         plain()
         watched()
@@ -79,7 +69,7 @@ def _measure(network: Network, every: int, seconds: float) -> dict[str, Any]:
     recorder.close()
     timings = {name: Timing.of(values) for name, values in parts.items()}
     return {
-        "network": _TITLES[network],
+        "network": TITLES[network],
         "layers": len(recorder.layers),
         "periods": len(parts["added"]),
         **{name: [float(f"{s:.4g}") for s in (t.median_s, t.low_s, t.high_s)] for name, t in timings.items()},
@@ -107,44 +97,3 @@ def _period(plain: Callable[[], object], watched: Callable[[], object], every: i
         # The step after a record completes it.
         "record": sum(cpu_with[:2]) / typical - 2,
     }
-
-
-def _network(network: Network) -> tuple[nn.Module, Tensor, Tensor]:
-    if network == "mlp":
-        x = torch.randn(60, 784)
-        return insert(mlp(), x)[0], x, torch.randint(0, 10, (60,))
-    x, labels = torch.randn(32, 3, 32, 32), torch.randint(0, 10, (32,))
-    if network == "cifar10":
-        return inception(10, stem="cifar", width=0.25, separable=True), x, labels
-    blocks = [_Block(16, 16, 1), _Block(16, 32, 2), _Block(32, 64, 2)]
-    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)]
-    return nn.Sequential(_unit(3, 16, 1), nn.ReLU(), *blocks, *head), x, labels
-
-
-class _Block(nn.Module):
-    """Two convolutions beside a shortcut, which is a convolution where the shape changes."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.first, self.second = _unit(inputs, outputs, stride), _unit(outputs, outputs, 1)
-        same = inputs == outputs and stride == 1
-        self.shortcut = nn.Identity() if same else _unit(inputs, outputs, stride, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.second(F.relu(self.first(x))) + self.shortcut(x))
-
-
-def _unit(inputs: int, outputs: int, stride: int, kernel: int = 3) -> nn.Sequential:
-    conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(outputs))
-
-
-def _step(net: nn.Module, x: Tensor, labels: Tensor) -> Callable[[], object]:
-    optimizer = torch.optim.SGD(net.parameters(), lr=1e-4, momentum=0.9)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        F.cross_entropy(net(x), labels).backward()
-        optimizer.step()
-
-    return step

@@ -1,19 +1,20 @@
 """``batchnorm bench``: figures beside the rivals', with the numbers checked first."""
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 from rich.console import Console
-from rich.table import Table
 
-from batchnorm.bench import fold, memory, step, watch
-from batchnorm.bench.results import append, default_path, groups, occasions, picture
+from batchnorm.bench import clusters, fold, memory, ranks, step, watch
+from batchnorm.bench.networks import NETWORKS, Network
+from batchnorm.bench.results import append, default_path, occasions, picture
 from batchnorm.bench.shapes import SMALL_AND_ODD, inception_shapes, resnet50_shapes
 from batchnorm.bench.timing import MEMORY, MemorySetting, process
+from batchnorm.cli.bench_tables import TABLES, scaling_table
 
 DESCRIPTION = """\
 Side-by-side figures on this machine: medians over rounds in which all contenders take turns.
@@ -25,6 +26,8 @@ Side-by-side figures on this machine: medians over rounds in which all contender
   loader    images a second from JPEG files, on one core
   watch     what a recorder adds to training, at its defaults
   export    an exported file in onnxruntime: its answers and its speed, beside the model's
+  ranks     data-parallel steps of 1, 2 and 4 processes: local and synced BN, measured and by the model
+  scaling   the model of step time alone, for 1 to 1,024 GPUs: arithmetic, nothing is measured
 
 Results are added to benchmarks/results/, with the machine's description.
 """
@@ -128,7 +131,7 @@ class Loader(Common):
 class Watch(Common):
     """Training with a recorder at its defaults beside the same training without, one step of each in turn."""
 
-    networks: tuple[watch.Network, ...] = watch.NETWORKS
+    networks: tuple[Network, ...] = NETWORKS
     """The paper's first network, BN-Inception at the scale of CIFAR-10, a small residual network."""
     every: int = 100
     """Steps from one record to the next; 100 is the recorder's default."""
@@ -156,7 +159,37 @@ class Export(Common):
     """Of PyTorch and of onnxruntime."""
 
 
-KINDS: dict[str, type[Common]] = {
+@dataclass(frozen=True, kw_only=True)
+class Ranks(Common):
+    """Training steps of several gloo processes on this machine: local and synced BN beside torch.nn's."""
+
+    networks: tuple[Network, ...] = ("resnet", "cifar10")
+    """A small residual network, BN-Inception at the scale of CIFAR-10; also mlp."""
+    ranks: tuple[int, ...] = (1, 2, 4)
+    """Numbers of processes, 1 among them."""
+    rounds: int = 9
+    """Samples of each form."""
+    steps: int = 3
+    """Training steps of a sample."""
+    threads: int = 1
+    """PyTorch's threads in each process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scaling:
+    """Step times of 1 to 1,024 GPUs by the model of docs/scaling.md. No GPU has confirmed them."""
+
+    network: Literal["inception", "resnet50"] = "inception"
+    """BN-Inception or ResNet-50, 224×224."""
+    gpu: Literal["p100", "a100", "h100"] = "a100"
+    """Nodes of 8: P100 and Ethernet, A100 or H100 and InfiniBand."""
+    batch: int = 32
+    """Images of a GPU."""
+    group_size: int = 8
+    """GPUs of a subgroup; a power of 2."""
+
+
+KINDS: dict[str, type[Common | Scaling]] = {
     "kernels": Kernels,
     "step": Step,
     "memory": Memory,
@@ -164,6 +197,8 @@ KINDS: dict[str, type[Common]] = {
     "loader": Loader,
     "watch": Watch,
     "export": Export,
+    "ranks": Ranks,
+    "scaling": Scaling,
 }
 
 
@@ -175,6 +210,10 @@ def run(argv: list[str]) -> None:
     parser.add_argument("kind", choices=KINDS, metavar="KIND", help="one of the above; it has its own --help")
     kind = parser.parse_args(argv[:1]).kind
     options = tyro.cli(KINDS[kind], prog=f"batchnorm bench {kind}", args=argv[1:])
+    if isinstance(options, Scaling):
+        work, cluster = clusters.NETWORKS[options.network](), clusters.CLUSTERS[options.gpu]
+        Console().print(scaling_table(work, cluster, batch=options.batch, group_size=options.group_size))
+        return
     path = options.out or default_path(kind)
     occasions(path)  # complains now, rather than when there are results to write
     console = Console()
@@ -307,6 +346,15 @@ def _measure_export(options: Export) -> list[dict[str, Any]]:
     ]
 
 
+def _ranks(options: Any, path: Path, console: Console) -> None:
+    arguments = {n: getattr(options, n) for n in ("networks", "ranks", "rounds", "steps", "threads")}
+    with Console(stderr=True).status("ranks") as status:
+        found = ranks.measure(**arguments, progress=status.update)
+    append(path, "ranks", found, threads=options.threads, rounds=options.rounds, steps=options.steps)
+    for table in TABLES["ranks"](found):
+        console.print(table)
+
+
 MEASURES: dict[str, Callable[[Any, Path, Console], None]] = {
     "kernels": _kernels,
     "step": _step,
@@ -315,121 +363,5 @@ MEASURES: dict[str, Callable[[Any, Path, Console], None]] = {
     "loader": _loader,
     "watch": _watch,
     "export": _export,
-}
-
-
-def _kernel_tables(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
-    found = groups(rows)
-    rivals = max((list(group["speed_up"]) for group in found.values()), key=len)
-    floors = ("floor / layer", "floor / kernel")
-    table = Table("layers of", "cases", *(f"× {rival}" for rival in rivals), *floors, title="BN kernels")
-    for name, group in found.items():
-        ratios = [
-            f"{group['speed_up'][rival]:.2f} (≥ {group['smallest'][rival]:.2f})"
-            if rival in group["speed_up"]
-            else "–"
-            for rival in rivals
-        ]
-        shares = (f"{group['floor_share'][of]:.0%}" for of in ("reused", "kernel, reused"))
-        wrong = f", {group['wrong']} WRONG" if group["wrong"] else ""
-        table.add_row(name, f"{group['cases']}{wrong}", *ratios, *shares)
-    table.caption = (
-        "speed-up of forward + backward: geometric mean over layers (smallest); floor: reused memory"
-    )
-    return [table]
-
-
-def _step_tables(found: Mapping[str, Any]) -> list[Table]:
-    settings = list(found["seconds"])
-    times = Table("form", *(f"memory {s}" for s in settings), title=f"{found['network']}, seconds a step")
-    for form in found["seconds"][settings[0]]:
-        cells = (found["seconds"][s][form] for s in settings)
-        times.add_row(form, *(f"{median:.3f} ({low:.3f}–{high:.3f})" for median, low, high in cells))
-    ratios = Table("against", "", title="Speed-up", caption="medians; in brackets above: quartiles")
-    for name, of in found["ratios"].items():
-        ratios.add_row(f"[bold]{name}", "")
-        for rival, value in of.items():
-            ratios.add_row(rival, f"{value:.2f}")
-    return [times, ratios]
-
-
-def _memory_tables(found: Mapping[str, Any]) -> list[Table]:
-    table = Table("form", "held for backward", "peak of the step", title=found["network"])
-    for name, figures in found["bytes"].items():
-        relative = found["of_eager_in_place"][name]
-        table.add_row(name, *(f"{figures[w] / 2**20:,.0f} MiB ({relative[w]:.0%})" for w in ("held", "peak")))
-    return [table]
-
-
-def _fold_tables(found: Mapping[str, Any]) -> list[Table]:
-    batches = list(found["milliseconds"])
-    times = Table("form", *batches, title=f"{found['network']}, milliseconds a forward")
-    for form in found["milliseconds"][batches[0]]:
-        cells = (found["milliseconds"][batch][form] for batch in batches)
-        times.add_row(form, *(f"{median:.2f} ({low:.2f}–{high:.2f})" for median, low, high in cells))
-    times.caption = (
-        f"medians; in brackets: quartiles; {found['folded']} normalizations folded, {found['left']} left; "
-        f"outputs differ by {found['difference']:.1e}"
-    )
-    ratios = Table("fold against", *batches, "geometric mean", title="Speed-up")
-    for kind, mean in found["geometric_mean"].items():
-        ratios.add_row(kind, *(f"{found['speed_up'][b][kind]:.2f}" for b in batches), f"{mean:.2f}")
-    return [times, ratios]
-
-
-def _loader_tables(found: Mapping[str, Any]) -> list[Table]:
-    rates = Table("loader", "images/s", title=found["images"], caption="on one core")
-    for name, (median, low, high) in found["images_per_s"].items():
-        rates.add_row(name, f"{median:.0f} ({low:.0f}–{high:.0f})")
-    ratios = Table("", "", title="Speed-up", show_header=False)
-    for name, ratio in found["ratios"].items():
-        ratios.add_row(name, f"{ratio:.2f}")
-    ratios.caption = (
-        "medians; in brackets above: quartiles; "
-        f"pixels differ by {found['difference_levels']:.2f} of 255 levels"
-    )
-    return [rates, ratios]
-
-
-def _watch_tables(found: Sequence[Mapping[str, Any]]) -> list[Table]:
-    table = Table(
-        "network", "layers", "step", "added", "added (CPU)", "between records", "a record", title="Watching"
-    )
-    for row in found:
-        table.add_row(
-            row["network"],
-            str(row["layers"]),
-            f"{row['step_s'][0] * 1000:.2f} ms",
-            *(_quartiles(row[part], "{:.1%}") for part in ("added", "added_cpu", "between")),
-            _quartiles(row["record"], "{:.1f}") + " steps",
-        )
-    table.caption = "medians over periods from record to record; in brackets: quartiles"
-    return [table]
-
-
-def _quartiles(values: Sequence[float], form: str) -> str:
-    median, low, high = map(form.format, values)
-    return f"{median} ({low} to {high})"
-
-
-def _export_tables(found: Sequence[Mapping[str, Any]]) -> list[Table]:
-    answers = Table("network", "same class", "largest difference", "largest logit", title="Answers")
-    speed = Table("network", "images", "eager", "folded, eager", "onnxruntime", title="Milliseconds a call")
-    for row in found:
-        same = f"{row['same_class']} of {row['images']}"
-        logits = (f"{row['largest_difference']:.1e}", f"{row['largest_logit']:.3g}")
-        answers.add_row(row["network"], same, *logits)
-        for size, ms in row["ms"].items():
-            speed.add_row(row["network"], str(size), *(f"{value:.3f}" for value in ms.values()))
-    return [answers, speed]
-
-
-TABLES: dict[str, Callable[[Any], list[Table]]] = {
-    "kernels": _kernel_tables,
-    "step": _step_tables,
-    "memory": _memory_tables,
-    "fold": _fold_tables,
-    "loader": _loader_tables,
-    "watch": _watch_tables,
-    "export": _export_tables,
+    "ranks": _ranks,
 }
