@@ -17,6 +17,8 @@ from torch import Tensor
 MAX_JSON_BYTES = 1 << 26
 """Of a JSON document, unless its reader knows better: 64 MiB."""
 
+PIECE_BYTES = 1 << 20
+
 MAX_ARRAYS_BYTES = 1 << 31
 """Of all arrays of an .npz file together, as they are in memory: 2 GiB."""
 
@@ -36,11 +38,14 @@ def read_limited(path: Path, limit: int) -> bytes:
         ValueError: It has more bytes than `limit`.
         OSError: It cannot be read.
     """
+    parts, size = [], 0
     with open(path, "rb") as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:
-        raise ValueError(f"{path} has more than {limit:,} bytes, which no such file of ours has")
-    return content
+        # Piece by piece: asked for the limit, Python would take that much memory for a file of any size.
+        while part := file.read(PIECE_BYTES):
+            parts.append(part)
+            if (size := size + len(part)) > limit:
+                raise ValueError(f"{path} has more than {limit:,} bytes, which no such file of ours has")
+    return b"".join(parts)
 
 
 def parse_json(content: bytes | str) -> Any:
