@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,9 @@ def _same_world():
     yield
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(threads)
+    if "torch._dynamo" in sys.modules:
+        # It compiles one function no more than eight times, whichever tests had it compiled before.
+        torch.compiler.reset()
 
 
 @pytest.fixture(scope="session")
