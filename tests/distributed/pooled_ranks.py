@@ -47,6 +47,20 @@ def weighed_by_samples(rank: int, num_ranks: int) -> None:
     torch.testing.assert_close(layer.running_var, data.var(0, correction=0), rtol=1e-12, atol=0)
 
 
+def recalibrated_apart(rank: int, num_ranks: int) -> None:
+    counts = [3000, 500, 1500]
+    generator = torch.Generator().manual_seed(0)
+    drift = torch.linspace(0, 10, 5000, dtype=torch.float64)[:, None]
+    data = torch.randn(5000, 2, generator=generator, dtype=torch.float64) + drift
+    mine, whole = (nn.Sequential(layers.BatchNorm1d(2, dtype=torch.float64)) for _ in range(2))
+    bn.recalibrate(whole, data.split(100))
+    bn.recalibrate(mine, data.split(counts)[rank].split(100))
+    bn.pool_statistics(mine, num_samples=counts[rank])
+    torch.testing.assert_close(mine[0].running_mean, whole[0].running_mean, rtol=1e-12, atol=0)
+    # Each rank's variance is unbiased by its own count, and pooled as it is.
+    torch.testing.assert_close(mine[0].running_var, whole[0].running_var, rtol=1 / min(counts), atol=0)
+
+
 def network() -> nn.Module:
     return nn.Sequential(
         nn.Linear(3, 4),
@@ -115,6 +129,7 @@ def refused(rank: int, num_ranks: int) -> dict[str, str]:
 CASES = {
     "0 and 10": two_ranks_at_0_and_10,
     "samples": weighed_by_samples,
+    "recalibrated": recalibrated_apart,
     "frozen": frozen_and_wrapped,
     "refused": refused,
 }

@@ -27,6 +27,11 @@ def test_ranks_weigh_by_the_samples_that_they_saw(found):
 
 
 @gloo
+def test_pooled_statistics_are_those_of_recalibrating_on_the_whole(found):
+    gloo_ranks.assert_passed(found, 3, "recalibrated")
+
+
+@gloo
 def test_frozen_layers_stay_and_one_collective_does_the_model(found):
     gloo_ranks.assert_passed(found, 3, "frozen")
 
