@@ -10,13 +10,15 @@ from torch import nn
 
 from batchnorm.data import load
 from batchnorm.layers import BatchNorm1d
+from batchnorm.reproduce.claiming import science
 from batchnorm.reproduce.divergence import Divergence
 from batchnorm.reproduce.divergence.experiment import KINDS
 from batchnorm.reproduce.divergence.job import bias_alone, names, num_steps, run_part, train
 from batchnorm.reproduce.divergence.layers import Normalize, network
 from batchnorm.reproduce.divergence.page import claims, span, write_report
 from batchnorm.reproduce.divergence.summary import CHANCE_LOSS, blown_up, exponent, summarize
-from batchnorm.reproduce.parts import do_parts, keep, log_grid, path_of, plain, science
+from batchnorm.reproduce.parts import do_parts, keep, log_grid, plain
+from batchnorm.reproduce.training import path_of
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from batchnorm.reproduce.activations.summary import (
     summarize,
     typical_unit,
 )
+from batchnorm.reproduce.claiming import science
 
 RATES = (0.05, 0.5, 2.0)
 
@@ -190,7 +191,7 @@ def test_the_headline_is_a_rate_that_was_trained(tmp_path, rates, headline):
 
 def test_settings_survive_json(tmp_path):
     experiment = small(tmp_path)
-    assert json.loads(json.dumps(experiment.science())) == experiment.science()
-    hidden = set(vars(experiment)) - set(experiment.science())
+    assert json.loads(json.dumps(science(experiment))) == science(experiment)
+    hidden = set(vars(experiment)) - set(science(experiment))
     assert hidden == {"data_dir", "out", "processes"}
-    assert dataclasses.replace(experiment, processes=7).science() == experiment.science()
+    assert science(dataclasses.replace(experiment, processes=7)) == science(experiment)

@@ -27,7 +27,7 @@ from batchnorm.reproduce.jacobian.summary import (
     gaussian_matrix,
     summarize,
 )
-from batchnorm.reproduce.parts import path_of
+from batchnorm.reproduce.training import path_of
 
 
 def small(out, **changes) -> Jacobian:

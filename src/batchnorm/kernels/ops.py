@@ -41,8 +41,7 @@ def _(
     eps: float,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    mean = x.new_empty(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
-    return torch.empty_like(x), mean, torch.empty_like(mean), x.new_empty((), dtype=torch.int64)
+    return fake_outputs(x)
 
 
 @torch.library.custom_op("batchnorm::normalize_backward", mutates_args=())
@@ -66,11 +65,7 @@ def normalize_backward(
         # Its gradient is autograd's, which records nothing inside an operator.
         kernel = dispatch.KERNELS["reference"]
     dx, dgamma, dbeta, dz = kernel.backward(dy, x, y, gamma, beta, residual, mask, moments, eps, activation)
-    if dz is None:
-        dz = x.new_empty(0)
-    else:
-        dz = torch.empty_like(x).copy_(dz) if dz is dy else laid_out_as(x, dz)
-    return laid_out_as(x, dx), dgamma, dbeta, dz
+    return laid_out_as(x, dx), dgamma, dbeta, residual_gradient(x, dy, dz)
 
 
 @normalize_backward.register_fake
@@ -88,8 +83,7 @@ def _(
     eps: float,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dz = x.new_empty(0) if y is None and residual is None else torch.empty_like(x)
-    return torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean), dz
+    return fake_gradients(x, mean, joined=y is not None or residual is not None)
 
 
 def kernel_for(
@@ -105,6 +99,25 @@ def kernel_for(
     if not x.numel():
         return dispatch.KERNELS["reference"]
     return dispatch.choose(x, gamma, beta, residual, mask, activation)
+
+
+def fake_outputs(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, mean, variance and count, of the shapes and dtypes that an operator gives for ``x``."""
+    mean = x.new_empty(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
+    return torch.empty_like(x), mean, torch.empty_like(mean), x.new_empty((), dtype=torch.int64)
+
+
+def fake_gradients(x: Tensor, mean: Tensor, *, joined: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """∂x, ∂γ, ∂β and ∂residual likewise; without a residual the last is empty."""
+    dz = torch.empty_like(x) if joined else x.new_empty(0)
+    return torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean), dz
+
+
+def residual_gradient(x: Tensor, dy: Tensor, dz: Tensor | None) -> Tensor:
+    """∂residual as an operator may give it: never its own input, and empty where there is none."""
+    if dz is None:
+        return x.new_empty(0)
+    return torch.empty_like(x).copy_(dz) if dz is dy else laid_out_as(x, dz)
 
 
 def laid_out_as(x: Tensor, t: Tensor) -> Tensor:

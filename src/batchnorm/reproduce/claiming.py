@@ -2,9 +2,20 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from batchnorm.files import write_json
 from batchnorm.reading import read_json
+
+
+def science(experiment: Any) -> dict[str, object]:
+    """The settings of a dataclass that decide its numbers, as JSON would hold them."""
+    hidden = ("data_dir", "out", "processes")
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in vars(experiment).items()
+        if name not in hidden
+    }
 
 
 def claim_folder(out: Path, settings: Mapping[str, object]) -> None:

@@ -13,19 +13,59 @@ import torch
 
 from batchnorm.data import load, num_cores
 from batchnorm.files import write_json
-from batchnorm.reproduce.claiming import claim_folder
+from batchnorm.reproduce.claiming import claim_folder, science
 from batchnorm.reproduce.pool import run_jobs
+from batchnorm.reproduce.training import path_of
 from batchnorm.train.run import environment
-
-
-def path_of(out: Path, name: str) -> Path:
-    """Where a part keeps what it measured."""
-    return out / "jobs" / f"{name}.json"
 
 
 def keep(out: Path, name: str, found: Mapping[str, Any]) -> None:
     """Write what a part measured; numbers that are not finite become null, as JSON has none."""
     write_json(path_of(out, name), plain(found))
+
+
+def run_in_parts(
+    experiment: Any,
+    parts: Mapping[str, tuple[Any, ...]],
+    work: Callable[..., None],
+    num_steps: Callable[[Any, str], int],
+    summarize: Callable[[Any, dict[str, Any]], dict[str, Any]],
+    write_report: Callable[[Mapping[str, Any], Path, Mapping[str, object]], Path],
+    *,
+    title: str,
+) -> dict[str, Any]:
+    """Parts, summary, pictures and page; a second call does only what is missing.
+
+    Args:
+        experiment: Dataclass with ``data``, ``data_dir``, ``out``, ``processes`` and its own settings.
+        parts: As in `do_parts`; so is ``work``.
+        num_steps: Of the experiment and a part's name.
+        summarize: Of the experiment and what its parts measured.
+        write_report: Of the summary, the folder, and the page's footer.
+        title: Stands before the progress bar.
+
+    Returns:
+        The summary, which also stands in ``result.json``.
+
+    Raises:
+        ValueError, FileNotFoundError, ConnectionError, OSError: As `do_parts`.
+    """
+    settings = science(experiment)
+    found = do_parts(
+        experiment.out,
+        settings,
+        parts,
+        work,
+        source=experiment.data,
+        data_dir=experiment.data_dir,
+        num_steps=lambda name: num_steps(experiment, name),
+        processes=experiment.processes,
+        title=title,
+    )
+    summary = summarize(experiment, found)
+    write_json(experiment.out / "result.json", summary)
+    write_report(summary, experiment.out, footer(settings, experiment.processes, len(parts)))
+    return summary
 
 
 def do_parts(
@@ -84,16 +124,6 @@ def footer(settings: Mapping[str, object], processes: int | None, num_parts: int
         **{name: found[name] for name in ("batchnorm", "torch", "python", "cpu")},
         "processes": f"{min(processes or num_cores(), num_parts)}, one thread each",
         "settings": json.dumps(settings),
-    }
-
-
-def science(experiment: Any) -> dict[str, object]:
-    """The settings of a dataclass that decide its numbers, as JSON would hold them."""
-    hidden = ("data_dir", "out", "processes")
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in vars(experiment).items()
-        if name not in hidden
     }
 
 

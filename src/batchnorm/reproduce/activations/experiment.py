@@ -64,9 +64,3 @@ class Activations:
         early = [round(self.evaluate_every * part) for part in (0.1, 0.2, 0.4, 0.6, 0.8)]
         grid = range(self.evaluate_every, self.steps + 1, self.evaluate_every)
         return sorted({s for s in (0, *early, *grid, self.steps) if s <= self.steps})
-
-    def science(self) -> dict[str, object]:
-        """The settings that decide the numbers, as JSON would hold them: what a resumed run must share."""
-        hidden = ("data_dir", "out", "processes")
-        settings = {name: value for name, value in vars(self).items() if name not in hidden}
-        return {**settings, "rates": list(self.rates)}

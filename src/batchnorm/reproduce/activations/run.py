@@ -17,7 +17,7 @@ from batchnorm.reproduce.activations.experiment import Activations
 from batchnorm.reproduce.activations.job import History, path_of, run_job
 from batchnorm.reproduce.activations.page import write_report
 from batchnorm.reproduce.activations.summary import Histories, summarize
-from batchnorm.reproduce.claiming import claim_folder
+from batchnorm.reproduce.claiming import claim_folder, science
 from batchnorm.reproduce.pool import run_jobs
 from batchnorm.train.run import environment
 
@@ -31,7 +31,7 @@ def run_experiment(experiment: Activations) -> dict[str, Any]:
         OSError: The folder cannot be written; jobs that were done stay done.
     """
     (experiment.out / "jobs").mkdir(parents=True, exist_ok=True)
-    claim_folder(experiment.out, experiment.science())
+    claim_folder(experiment.out, science(experiment))
     # Once here, so that a download or its error comes before any process is started.
     load(experiment.data, experiment.data_dir)
     wanted = [(seed, normalize) for seed in range(experiment.seeds) for normalize in (False, True)]
@@ -64,7 +64,7 @@ def _footer(experiment: Activations, summary: Mapping[str, Any]) -> dict[str, ob
         "processes": f"{processes}, one thread each",
         "time in training steps": f"{training:,.0f} core-seconds",
         "time in evaluations": f"{evaluation:,.0f} core-seconds",
-        "settings": json.dumps(experiment.science()),
+        "settings": json.dumps(science(experiment)),
     }
 
 

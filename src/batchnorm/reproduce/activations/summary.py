@@ -7,6 +7,7 @@ import numpy as np
 
 from batchnorm.reproduce.activations.experiment import Activations
 from batchnorm.reproduce.activations.job import History
+from batchnorm.reproduce.claiming import science
 
 KINDS = ("plain", "bn")
 MILESTONES = (0.8, 0.9, 0.95, 0.96, 0.97)
@@ -132,7 +133,7 @@ def summarize(experiment: Activations, histories: Histories) -> dict[str, Any]:
             }
         )
     return {
-        "experiment": experiment.science(),
+        "experiment": science(experiment),
         "steps": steps.tolist(),
         "milestones": list(MILESTONES),
         "rates": rates,

@@ -2,36 +2,15 @@
 
 from typing import Any
 
-from batchnorm.files import write_json
 from batchnorm.reproduce.divergence.experiment import Divergence
 from batchnorm.reproduce.divergence.job import names, num_steps, run_part
 from batchnorm.reproduce.divergence.page import write_report
 from batchnorm.reproduce.divergence.summary import summarize
-from batchnorm.reproduce.parts import do_parts, footer, science
+from batchnorm.reproduce.parts import run_in_parts
 
 
 def run_experiment(experiment: Divergence) -> dict[str, Any]:
-    """Run what is not yet done and return the summary, which also stands in ``result.json``.
-
-    Raises:
-        ValueError: The folder holds an experiment with other settings.
-        FileNotFoundError, ConnectionError: The data are not to be had.
-        OSError: The folder cannot be written; parts that were done stay done.
-    """
-    parts = names(experiment)
-    settings = science(experiment)
-    found = do_parts(
-        experiment.out,
-        settings,
-        parts,
-        run_part,
-        source=experiment.data,
-        data_dir=experiment.data_dir,
-        num_steps=lambda name: num_steps(experiment, name),
-        processes=experiment.processes,
-        title="divergence",
+    """Run what is not yet done and return the summary, as `run_in_parts` does."""
+    return run_in_parts(
+        experiment, names(experiment), run_part, num_steps, summarize, write_report, title="divergence"
     )
-    summary = summarize(experiment, found)
-    write_json(experiment.out / "result.json", summary)
-    write_report(summary, experiment.out, footer(settings, experiment.processes, len(parts)))
-    return summary

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from batchnorm.reproduce.claiming import science
 from batchnorm.reproduce.divergence.experiment import KINDS, Divergence
-from batchnorm.reproduce.parts import plain, science
+from batchnorm.reproduce.parts import plain
 
 CHANCE_LOSS = math.log(10)
 """Cross-entropy of ten classes by one who knows nothing, in nats."""

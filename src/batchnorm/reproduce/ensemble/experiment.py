@@ -58,8 +58,3 @@ class Ensemble:
                 checkpoint_every=every,
             )
         return jobs
-
-    def science(self) -> dict[str, object]:
-        """The settings that decide the numbers, as JSON would hold them."""
-        hidden = ("data_dir", "out", "processes")
-        return {name: value for name, value in vars(self).items() if name not in hidden}

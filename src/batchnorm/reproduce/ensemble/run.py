@@ -9,7 +9,7 @@ import torch
 
 from batchnorm.data import num_cores
 from batchnorm.files import write_json
-from batchnorm.reproduce.claiming import claim_folder
+from batchnorm.reproduce.claiming import claim_folder, science
 from batchnorm.reproduce.ensemble.experiment import Ensemble
 from batchnorm.reproduce.ensemble.page import write_report
 from batchnorm.reproduce.pool import advance, run_jobs
@@ -31,7 +31,7 @@ def run_experiment(experiment: Ensemble) -> dict[str, Any]:
     """
     out, members = experiment.out, experiment.members()
     out.mkdir(parents=True, exist_ok=True)
-    claim_folder(out, experiment.science())
+    claim_folder(out, science(experiment))
     title = f"{len(members)} members"
     train_all(out, members, experiment.data, experiment.data_dir, processes=experiment.processes, title=title)
     views: tuple[Crops, ...] = (1, experiment.crops)
@@ -45,7 +45,7 @@ def run_experiment(experiment: Ensemble) -> dict[str, Any]:
     footer = {
         **{name: here[name] for name in ("batchnorm", "torch", "python", "cpu")},
         "processes": f"{experiment.processes or num_cores()}, one thread each",
-        "settings": json.dumps(experiment.science()),
+        "settings": json.dumps(science(experiment)),
     }
     write_report(summary, out, footer)
     return summary
@@ -60,7 +60,7 @@ def keep_predictions(run: Path, data_dir: Path | None, crops: Crops) -> None:
 def summarize(experiment: Ensemble) -> dict[str, Any]:
     """Errors of single networks and of all together, by one crop and by many, as JSON would hold them."""
     result: dict[str, Any] = {
-        "experiment": experiment.science(),
+        "experiment": science(experiment),
         "changes": {name: _changes(experiment, name) for name in experiment.members()},
         "errors": {},
     }

@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from batchnorm.reproduce.claiming import science
 from batchnorm.reproduce.invariance.experiment import DTYPES, EQUATIONS, LAYERS, STATES, Invariance
-from batchnorm.reproduce.parts import plain, science
+from batchnorm.reproduce.parts import plain
 
 KINDS = ("bn", "plain")
 

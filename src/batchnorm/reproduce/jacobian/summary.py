@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from batchnorm.reproduce.claiming import science
 from batchnorm.reproduce.jacobian.experiment import KINDS, NETWORKS, Jacobian
 from batchnorm.reproduce.jacobian.layers import growth_at_start
-from batchnorm.reproduce.parts import plain, science
+from batchnorm.reproduce.parts import plain
 
 SPECTRUM = ("percentiles", "rms", "share", "zero", "condition")
 

@@ -138,9 +138,3 @@ class Speedup:
     def ablation_name(self, what: str, seed: int) -> str:
         """The name of the job that keeps ``what`` as the baseline has it."""
         return f"bn-x5-kept-{what.replace(' ', '-').lower()}-seed-{seed}"
-
-    def science(self) -> dict[str, object]:
-        """The settings that decide the numbers, as JSON would hold them."""
-        hidden = ("data_dir", "out", "processes")
-        settings = {name: value for name, value in vars(self).items() if name not in hidden}
-        return {**settings, "rates": list(self.rates)}

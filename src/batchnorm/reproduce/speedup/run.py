@@ -8,7 +8,7 @@ import torch
 
 from batchnorm.data import num_cores
 from batchnorm.files import write_json
-from batchnorm.reproduce.claiming import claim_folder
+from batchnorm.reproduce.claiming import claim_folder, science
 from batchnorm.reproduce.speedup.experiment import Speedup
 from batchnorm.reproduce.speedup.page import write_report
 from batchnorm.reproduce.speedup.summary import best_rate, summarize
@@ -27,7 +27,7 @@ def run_experiment(experiment: Speedup) -> dict[str, Any]:
     """
     out = experiment.out
     out.mkdir(parents=True, exist_ok=True)
-    claim_folder(out, experiment.science())
+    claim_folder(out, science(experiment))
     recipes = experiment.networks()
     _train(experiment, recipes, "five networks")
     rate = best_rate(experiment, courses(out, list(recipes)))
@@ -71,5 +71,5 @@ def _footer(experiment: Speedup, found: dict[str, Course]) -> dict[str, object]:
         "trained on": ", ".join(sorted({course.hardware for course in found.values()})),
         "processes": f"{experiment.processes or num_cores()}, one thread each",
         "trainings": f"{len(found)}, {steps:,} steps, {seconds:,.0f} core-seconds",
-        "settings": json.dumps(experiment.science()),
+        "settings": json.dumps(science(experiment)),
     }

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from batchnorm.reproduce.claiming import science
 from batchnorm.reproduce.speedup.experiment import KEPT, NETWORKS, PAPER, PLAIN_SIGMOID, Speedup
 from batchnorm.reproduce.training import Course
 
@@ -32,7 +33,7 @@ def summarize(experiment: Speedup, found: Mapping[str, Course]) -> dict[str, Any
     plain = by_seed[PLAIN]
     own = by_seed.get(f"{PLAIN}-x{rate:g}", plain)
     return {
-        "experiment": experiment.science(),
+        "experiment": science(experiment),
         "best_rate": rate,
         "networks": {
             name: {
