@@ -382,6 +382,6 @@ def test_nothing_is_looked_at_on_a_device(monkeypatch):
         room._on_gradient(model[1].weight)
         room.take(moments[0])
         room._on_gradient(model[1].weight)
-    monkeypatch.setattr("batchnorm.layers.pending.commit", lambda *_: None)  # has its own branch by device
+    monkeypatch.setattr("batchnorm.layers.base.commit", lambda *_: None)  # has its own branch by device
     wait[0].settle(model[1], torch.tensor(True))
     wait[1].settle(model[1])

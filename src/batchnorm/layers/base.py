@@ -131,8 +131,8 @@ class Normalization(_BatchNorm):
         moves = not by_running and self.track_running_stats and mean is not None and not is_recomputation()
         pending = self.pending if moves else None
         # First what is not worth more words than arithmetic.
-        plain = mean is not None and mask is None and not _is_compiling() and x.is_cpu and self._is_plain(x)
-        if plain and (by_running or not self._is_shared):
+        plain = mean is not None and mask is None and not _is_compiling() and x.is_cpu
+        if plain and self._is_plain(x, by_running):
             running = (mean, var, self._buffers["num_batches_tracked"] if moves else None, self.momentum)
             if pending is not None:
                 running = pending.blank()
@@ -150,27 +150,38 @@ class Normalization(_BatchNorm):
             "channel_dim": self.channel_dim,
         }
         if by_running:
-            y = normalize_with(x, mean, var, weight, bias, **options)
-            recompute.offer(y, x, [mean, var, weight, bias], **options)
-            return y
+            return self._by_running(x, mean, var, weight, bias, **options)
         y, moments = self._by_batch(x, weight, bias, **options)
-        recompute.offer(y, x, [moments.mean, moments.var, weight, bias], **options)
         if moves and (pending is None or not pending.take(moments, is_silent=not x.numel())):
-            commit(mean, var, self.num_batches_tracked, moments, self.momentum)
+            self.move(moments)
         return y
 
-    @property
-    def _is_shared(self) -> bool:
-        """Whether other processes have a part of the batch."""
-        return False
+    # What another kind of normalization does in its own way.
 
     def _by_batch(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, **options: Any
     ) -> tuple[Tensor, Moments]:
-        return batch_norm(x, weight, bias, **options)
+        """Output in training, and the moments of this batch, which are to move the running statistics."""
+        y, moments = batch_norm(x, weight, bias, **options)
+        recompute.offer(y, x, [moments.mean, moments.var, weight, bias], **options)
+        return y, moments
 
-    def _is_plain(self, x: Tensor) -> bool:
+    def _by_running(
+        self, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, **options: Any
+    ) -> Tensor:
+        """Output in evaluation."""
+        y = normalize_with(x, mean, var, weight, bias, **options)
+        recompute.offer(y, x, [mean, var, weight, bias], **options)
+        return y
+
+    def _is_plain(self, x: Tensor, by_running: bool) -> bool:
+        """Whether the output is that of plain batch normalization of (N, C, *spatial)."""
         return self.channel_dim == 1 or x.dim() == 2
+
+    def move(self, moments: Moments) -> None:
+        """Move the running statistics towards the moments of one batch, flat, in their dtype."""
+        mean, var = self._vectors()[2:]
+        commit(mean, var, self.num_batches_tracked, moments, self.momentum)
 
     def _vectors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         parameters, buffers = self._parameters, self._buffers

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from batchnorm.layers.base import Normalization
-from batchnorm.layers.running import commit
 from batchnorm.moments import Moments
 
 _MOST_WAITING = 64
@@ -166,7 +165,7 @@ class Pending:
             entries = [self._kept_if(applied, entry) for entry in entries]
         before = _value(tracked)
         entry = entries[0] if len(entries) == 1 else self._merged(entries)
-        commit(mean, var, tracked, _as(entry.moments, mean.dtype, mean.device), layer.momentum)
+        layer.move(_as(entry.moments, mean.dtype, mean.device))
         moved = _value(tracked) - before
         self.num_moves += moved
         if not entry.is_sound:

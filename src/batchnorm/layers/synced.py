@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from batchnorm import distributed
+from batchnorm.layers import recompute
 from batchnorm.layers.base import Normalization
 from batchnorm.layers.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormPerActivation
 from batchnorm.moments import Moments
@@ -46,6 +47,7 @@ class Synced(Normalization):
 
     @property
     def _is_shared(self) -> bool:
+        """Whether other processes have a part of the batch."""
         return self.training and not self.frozen and distributed.are_many(self.group_name)
 
     def _by_batch(
@@ -53,9 +55,14 @@ class Synced(Normalization):
     ) -> tuple[Tensor, Moments]:
         if not self._is_shared:
             return super()._by_batch(x, weight, bias, **options)
-        return distributed.batch_norm(
+        y, moments = distributed.batch_norm(
             x, weight, bias, group_name=self.group_name, place=self.place, **options
         )
+        recompute.offer(y, x, [moments.mean, moments.var, weight, bias], **options)
+        return y, moments
+
+    def _is_plain(self, x: Tensor, by_running: bool) -> bool:
+        return (by_running or not self._is_shared) and super()._is_plain(x, by_running)
 
     def extra_repr(self) -> str:
         """What `repr` shows of the layer's settings."""
