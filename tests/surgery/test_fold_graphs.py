@@ -337,8 +337,14 @@ def test_shared_layers_with_different_maps_stay():
         (bn.BatchNorm1d(4, channel_dim=-1), (3, 5, 4)),
         (bn.BatchNorm2d(4), (3, 4, 5, 6)),
         (bn.BatchNormPerActivation((4, 5)), (3, 4, 5)),
+        (bn.BatchNorm2d(4), (3, 4, 128, 96)),
+        (bn.BatchNorm1d(64, channel_dim=-1), (3, 800, 64)),
+        (bn.BatchNormPerActivation((4, 100, 121)), (3, 4, 100, 121)),
     ],
-    ids=["rows", "texts", "features last", "images", "per activation"],
+    ids=[
+        *("rows", "texts", "features last", "images", "per activation"),
+        *("large images", "large, features last", "large, per activation"),
+    ],
 )
 def test_multiply_add(layer, shape, activation):
     layer = trained(layer).eval()

@@ -1,6 +1,7 @@
 """``batchnorm bench``: figures beside the rivals', with the numbers checked first."""
 
 import argparse
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from batchnorm.bench.networks import NETWORKS, Network
 from batchnorm.bench.results import append, default_path, occasions, picture
 from batchnorm.bench.shapes import SMALL_AND_ODD, inception_shapes, resnet50_shapes
 from batchnorm.bench.timing import MEMORY, MemorySetting, process
+from batchnorm.bench.zoo import Name
 from batchnorm.cli.bench_tables import TABLES, scaling_table
 
 DESCRIPTION = """\
@@ -97,10 +99,10 @@ class Memory(Common):
 
 @dataclass(frozen=True, kw_only=True)
 class Fold(Common):
-    """Inference of BN-Inception with and without `batchnorm.fold`, eager and compiled."""
+    """Inference with and without `batchnorm.fold`, eager and compiled, of networks of several families."""
 
-    network: step.Network = "inception"
-    """BN-Inception at 224×224 pixels, or at the scale of CIFAR-10."""
+    networks: tuple[Name, ...] = ("cifar10", "resnet", "densenet", "mobilenet", "unet", "1d", "3d")
+    """Which; "inception" is BN-Inception at 224×224 pixels, "cifar10" the same at the scale of CIFAR-10."""
     batches: tuple[int, ...] = (1, 32)
     """Images at a time."""
     rounds: int = 9
@@ -283,12 +285,18 @@ def _memory(options: Any, path: Path, console: Console) -> None:
 
 
 def _fold(options: Any, path: Path, console: Console) -> None:
-    arguments = {n: getattr(options, n) for n in ("network", "batches", "rounds", "compiled")}
-    with process("default", options.threads) as fresh:
-        found = fresh.submit(fold.measure, **arguments).result()
-    append(path, "fold", found, threads=options.threads)
-    for table in TABLES["fold"](found):
-        console.print(table)
+    arguments = {n: getattr(options, n) for n in ("batches", "rounds", "compiled")}
+    means = []
+    for network in options.networks:
+        with process("default", options.threads) as fresh:
+            found = fresh.submit(fold.measure, network=network, **arguments).result()
+        append(path, "fold", found, threads=options.threads)
+        means.append(found["geometric_mean"])
+        for table in TABLES["fold"](found):
+            console.print(table)
+    for kind in means[0]:
+        mean = statistics.geometric_mean(m[kind] for m in means)
+        console.print(f"{kind}: {mean:.3f}×, geometric mean over {len(means)} networks")
 
 
 def _loader(options: Any, path: Path, console: Console) -> None:

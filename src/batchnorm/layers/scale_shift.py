@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from batchnorm.functional import normalize_with
 from batchnorm.kernels.activations import TABLE, check_activation
 
+_FEW = 131072
+"""Numbers; above, one pass by a fused kernel is faster than two or three by PyTorch's operations."""
+
 
 class ScaleShift(nn.Module):
     """``activation(scale · x + shift + residual)``, called as our layers are.
@@ -56,13 +59,16 @@ class ScaleShift(nn.Module):
             given = {name: value for name, value in extra.items() if value is not None}
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), given)
         name = self.activation or activation
-        if torch.compiler.is_compiling():
-            # In plain operations, which compilers fuse with their neighbours and every runtime knows.
+        if torch.compiler.is_compiling() or (x.is_cpu and x.numel() <= _FEW):
+            # In plain operations: compilers fuse them with their neighbours, every runtime knows
+            # them, and on little data they take less than the call of a kernel.
+            scale, shift = self.scale, self.shift
             dims = [1] * x.dim()
             dims[self.channel_dim] = -1
-            shape = dims if self.scale.dim() == 1 else [1, *self.scale.shape]
-            z = (x * self.scale.view(shape) + self.shift.view(shape)).to(x.dtype)
-            return TABLE[check_activation(name)].value(z if residual is None else z + residual)
+            shape = dims if scale.dim() == 1 else [1, *scale.shape]
+            z = (x * scale.view(shape)).add_(shift.view(shape)).to(x.dtype)
+            z = z if residual is None else z + residual
+            return z if name is None else TABLE[check_activation(name)].value(z)
         flat, joined, dim = x, residual, self.channel_dim
         if self.scale.dim() > 1:
             flat, joined, dim = x.flatten(1), None if residual is None else residual.flatten(1), 1
