@@ -16,6 +16,10 @@ CLAIMS = {
         "batchnorm.cli.claims.jacobian",
         "section 3.3: singular values of layers' Jacobians, and gradients through depth",
     ),
+    "regularization": (
+        "batchnorm.cli.claims.regularization",
+        "section 3.4: whether BN makes dropout unnecessary, at several batch sizes",
+    ),
     "activations": (
         "batchnorm.cli.claims.activations",
         "section 4.1, figure 1: accuracy and activations over training, with and without BN",
@@ -52,7 +56,7 @@ def run(argv: list[str]) -> None:
     """Find the claim and hand it the rest of ``argv``."""
     parser = argparse.ArgumentParser(
         prog="batchnorm reproduce",
-        description=DESCRIPTION + "\n".join(f"  {name:12} {about}" for name, (_, about) in CLAIMS.items()),
+        description=DESCRIPTION + "\n".join(f"  {name:14} {about}" for name, (_, about) in CLAIMS.items()),
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
