@@ -153,9 +153,9 @@ class Positional(nn.Module):
 
 BAD = {
     "unknown kind": (
-        lambda: (small(), "ghost"),
+        lambda: (small(), "batchless"),
         ValueError,
-        "to='ghost' .*; there are 'plain', 'torch', 'synced'$",
+        "to='batchless' .*; there are 'plain', 'torch', 'synced'",
     ),
     "not a module": (lambda: ([small()], "plain"), TypeError, "convert needs a torch.nn.Module, got list"),
     "no batch normalization": (

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import batchnorm as bn
 from batchnorm.layers.scale_shift import ScaleShift
 from batchnorm.models.inception import inception
-from batchnorm.surgery.kinds import is_normalization
+from batchnorm.surgery.kind import is_normalization
 
 
 class Up(nn.Module):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import batchnorm as bn
 from batchnorm.layers.scale_shift import ScaleShift
-from batchnorm.surgery.kinds import is_normalization
+from batchnorm.surgery.kind import is_normalization
 
 SIZES = st.builds(
     Sizes,

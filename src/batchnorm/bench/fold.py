@@ -11,7 +11,7 @@ from torch import nn
 from batchnorm.bench.timing import in_turns
 from batchnorm.bench.zoo import ZOO, Name
 from batchnorm.surgery import fold
-from batchnorm.surgery.kinds import is_normalization
+from batchnorm.surgery.kind import is_normalization
 
 EAGER, COMPILED = "eval()", "torch.compile of eval()"
 FOLDED, COMPILED_FOLDED = "folded", "torch.compile of folded"

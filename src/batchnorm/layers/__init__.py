@@ -3,6 +3,13 @@
 from batchnorm.layers.adopt import adopt
 from batchnorm.layers.base import Normalization
 from batchnorm.layers.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormPerActivation
+from batchnorm.layers.ghost import (
+    Ghost,
+    GhostBatchNorm1d,
+    GhostBatchNorm2d,
+    GhostBatchNorm3d,
+    GhostBatchNormPerActivation,
+)
 from batchnorm.layers.joined import Joined
 from batchnorm.layers.synced import (
     Synced,
@@ -17,6 +24,11 @@ __all__ = [
     "BatchNorm2d",
     "BatchNorm3d",
     "BatchNormPerActivation",
+    "Ghost",
+    "GhostBatchNorm1d",
+    "GhostBatchNorm2d",
+    "GhostBatchNorm3d",
+    "GhostBatchNormPerActivation",
     "Joined",
     "Normalization",
     "Synced",

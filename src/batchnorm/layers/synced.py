@@ -9,10 +9,11 @@ from batchnorm import distributed
 from batchnorm.layers import recompute
 from batchnorm.layers.base import Normalization
 from batchnorm.layers.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormPerActivation
+from batchnorm.layers.variation import Variation
 from batchnorm.moments import Moments
 
 
-class Synced(Normalization):
+class Synced(Variation):
     """What synchronized layers add to the plain ones, whose arguments and state dicts they share.
 
     In training, mean and variance are those of the samples of all ranks, weighted by their counts,
@@ -36,6 +37,9 @@ class Synced(Normalization):
             not in the group, or the number of ranks is no multiple of ``group_size``.
     """
 
+    settings = ("group_name", "place")
+    ended = "; every rank uses its own batch"
+
     place: str = ""
     """The layer's path in the model, by which the watchdog calls it."""
 
@@ -43,7 +47,7 @@ class Synced(Normalization):
         self, *args: Any, group: dist.ProcessGroup | None = None, group_size: int | None = None, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.group_name = distributed.name_of(group, group_size)
+        self._vary(group_name=distributed.name_of(group, group_size))
 
     @property
     def _is_shared(self) -> bool:
@@ -62,12 +66,13 @@ class Synced(Normalization):
         return y, moments
 
     def _is_plain(self, x: Tensor, by_running: bool) -> bool:
-        return (by_running or not self._is_shared) and super()._is_plain(x, by_running)
+        return (by_running or not self._is_shared) and Normalization._is_plain(self, x, by_running)
 
-    def extra_repr(self) -> str:
-        """What `repr` shows of the layer's settings."""
+    @property
+    def described(self) -> str:
+        """Who shares a batch."""
         over = "all ranks" if self.group_name == distributed.WORLD else f"group {self.group_name}"
-        return f"{super().extra_repr()}, synchronized over {over}"
+        return f"synchronized over {over}"
 
 
 class SyncedBatchNorm1d(Synced, BatchNorm1d):
@@ -93,31 +98,3 @@ SYNCED: dict[type[Normalization], type[Synced]] = {
     BatchNormPerActivation: SyncedBatchNormPerActivation,
 }
 """The synchronized class for each of the plain ones."""
-
-
-def synchronize(layer: Normalization, group_name: str, place: str) -> Synced:
-    """Turn a plain layer of ours into the synchronized one of its kind, in place.
-
-    Args:
-        layer: Exactly one of the plain classes.
-        group_name: What `batchnorm.distributed.name_of` gives.
-        place: Its path in the model.
-    """
-    layer.__class__ = SYNCED[type(layer)]
-    assert isinstance(layer, Synced)
-    layer.group_name, layer.place = group_name, place
-    return layer
-
-
-def desynchronize(layer: Synced) -> Normalization:
-    """Turn a synchronized layer into the plain one of its kind, in place; undoes `synchronize`.
-
-    Args:
-        layer: Exactly one of the synchronized classes.
-    """
-    plain = next(plain for plain, synced in SYNCED.items() if synced is type(layer))
-    for name in ("group_name", "place"):
-        layer.__dict__.pop(name, None)
-    # By name: to a type checker, an object of this class cannot leave it.
-    object.__setattr__(layer, "__class__", plain)
-    return layer

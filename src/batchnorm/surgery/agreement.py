@@ -1,6 +1,6 @@
 """How closely two models agree on an example: outputs, gradients and running statistics, in both modes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -10,6 +10,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from batchnorm.surgery.models import copied, fixed_randomness
 from batchnorm.surgery.proof import allowed, difference, roundoff_of, widened
+
+MODES: Mapping[str, Callable[[nn.Module], nn.Module]] = {
+    "training": nn.Module.train,
+    "evaluation": nn.Module.eval,
+}
+"""Modes of a model, and what puts it there."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,9 @@ class Agreement:
         return max(value if value == value else float("inf") for value in found)
 
 
-def compare(before: nn.Module, after: nn.Module, args: Sequence[Any]) -> tuple[list[Agreement], list[str]]:
+def compare(
+    before: nn.Module, after: nn.Module, args: Sequence[Any], *, but_not_in: Collection[str] = ()
+) -> tuple[list[Agreement], list[str]]:
     """Run both models forward and backward on an example, with the same random loss.
 
     In float64 where the model runs in it, where rounding cannot hide a mistake.
@@ -48,13 +56,17 @@ def compare(before: nn.Module, after: nn.Module, args: Sequence[Any]) -> tuple[l
         before: Not changed.
         after: Not changed.
         args: Example.
+        but_not_in: Modes in which the two are to compute different things; both are to run.
 
     Returns:
-        An agreement for each mode in which ``before`` runs, and a remark for each in which it does not.
+        An agreement for each mode in which ``before`` runs, and a remark for each that is not compared.
+
+    Raises:
+        RuntimeError: ``after`` fails in a mode in which ``before`` runs.
     """
     found: list[Agreement] = []
     remarks: list[str] = []
-    for mode, switch in (("training", nn.Module.train), ("evaluation", nn.Module.eval)):
+    for mode, switch in MODES.items():
         tried, wide_args = widened(before, args, switch)
         is_wide = roundoff_of(tried) != roundoff_of(before)
         # Copies of their own: the trial has moved running statistics.
@@ -68,7 +80,13 @@ def compare(before: nn.Module, after: nn.Module, args: Sequence[Any]) -> tuple[l
                 f"{type(error).__name__}: {error}"
             )
             continue
-        got = _run(new, wide_args)
+        try:
+            got = _run(new, wide_args)
+        except ValueError as error:
+            raise RuntimeError(f"in {mode} the new model fails where the original runs: {error}") from error
+        if mode in but_not_in:
+            remarks.append(f"not compared in {mode}, where layers differ by intent; both models run")
+            continue
         # Buffers that only a rewritten forward has are constants of its graph; and what was a buffer,
         # of a layer that learns nothing, may be a parameter now.
         held = {**dict(new.named_parameters()), **got[3]}

@@ -1,21 +1,22 @@
 """One kind of normalization layer put for another, in a model that computes the same."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from batchnorm import distributed
 from batchnorm.layers import Normalization
+from batchnorm.layers.variation import Variation
 from batchnorm.surgery import patterns
-from batchnorm.surgery.agreement import Agreement, compare
-from batchnorm.surgery.kinds import Calls, Kind, is_normalization, kind_named
+from batchnorm.surgery.agreement import MODES, Agreement, compare
+from batchnorm.surgery.kind import Calls, Kind, is_normalization
+from batchnorm.surgery.kind_variation import name_places
+from batchnorm.surgery.kinds import kind_named
 from batchnorm.surgery.models import as_args, check_example, check_model, copied, outputs
 from batchnorm.surgery.outcome import Change, Note, Refusal
 from batchnorm.surgery.splitting import rejoin, split, split_obstacle
-from batchnorm.surgery.synchronize import name_places
 from batchnorm.surgery.twin import TwinReport, check_agreement, parameters_by_original
 
 
@@ -26,8 +27,7 @@ def convert(
     *,
     only: patterns.Patterns = None,
     except_: patterns.Patterns = None,
-    group: dist.ProcessGroup | None = None,
-    group_size: int | None = None,
+    **options: Any,
 ) -> tuple[nn.Module, TwinReport]:
     """Change the kind of a model's normalization layers, and nothing that it computes.
 
@@ -43,15 +43,17 @@ def convert(
             ``nn.Sequential`` that holds the layer, and is carried again on the way back. "synced" for
             the layers of this package that normalize by the batch of several ranks, as one process
             with all of it would, also from ``SyncBatchNorm``; outside a process group they do what
-            the plain ones do.
+            the plain ones do. "ghost" for those that normalize virtual batches.
         example: An input tensor, or a tuple of positional arguments, on the model's device. With one,
-            outputs, gradients and statistics of both models are compared on it in both modes.
+            outputs, gradients and statistics of both models are compared on it, in both modes but for
+            those in which the kinds differ by intent; there the new model has to run.
         only: Glob patterns; only layers whose path matches one are converted.
         except_: Glob patterns; layers whose path matches one are not.
-        group: For "synced", the process group whose ranks share a batch; all ranks when ``None``, or
-            the group that a ``SyncBatchNorm`` has.
-        group_size: In its place: so many consecutive ranks share a batch. All ranks have to call
-            this, as the first call for a size makes the groups.
+        options: Of the kind. For "synced" ``group``, the process group whose ranks share a batch (all
+            ranks when ``None``, or the group that a ``SyncBatchNorm`` has), or in its place
+            ``group_size``: so many consecutive ranks share a batch, and all ranks have to call this, as
+            the first call for a size makes the groups. For "ghost" ``ghost_size``, the examples in a
+            virtual batch.
 
     Returns:
         The new model and the report: every change, everything left alone with its reason, the
@@ -59,15 +61,13 @@ def convert(
 
     Raises:
         TypeError: ``model`` or ``example`` has the wrong type.
-        ValueError: No such kind; no batch normalization; a pattern matches none; the model is lazy,
-            scripted or wrapped, cannot be copied, or fails on the example; a group for another kind
-            than "synced", or one that cannot be: see `batchnorm.layers.Synced`.
+        ValueError: No such kind; an option that it has not, lacks, or that makes no sense; no batch
+            normalization; a pattern matches none; the model is lazy, scripted or wrapped, cannot be
+            copied, or fails on the example.
         RuntimeError: The result would compute something else than the model; nothing is returned.
     """
-    if to != "synced" and (group is not None or group_size is not None):
-        raise ValueError(f'group= and group_size= say who shares a batch, for to="synced", not to={to!r}')
     check_model(model, "convert")
-    kind = kind_named(to, distributed.name_of(group, group_size) if to == "synced" else "")
+    kind = kind_named(to, options)
     args = None if example is None else as_args(example)
     layers = {path: m for path, m in model.named_modules() if is_normalization(m)}
     if not layers:
@@ -93,6 +93,7 @@ def _converted(
     new = copied(model)
     changes: list[Change] = []
     refusals: list[Refusal] = []
+    intended: list[tuple[str, Mapping[str, str]]] = []
     for path in layers:
         layer, called = new.get_submodule(path), calls.get(path, Calls())
         reason = patterns.excluded({path}, only, except_)
@@ -105,13 +106,19 @@ def _converted(
         if reason:
             refusals.append(Refusal(path, reason))
             continue
+        intended.append((path, _differs(layer)))
         remark = split(new, layer) if splits else ""
         what = kind.become(layer, called)
         if kind.carries_activations:
             remark = rejoin(new, layer)
+        intended.append((path, _differs(layer)))
         changes.append(Change(path, what + remark))
     name_places(new)
-    return new, _report(model, new, args, changes, refusals)
+    return new, _report(model, new, args, changes, refusals, intended)
+
+
+def _differs(layer: nn.Module) -> Mapping[str, str]:
+    return layer.differs if isinstance(layer, Variation) else {}
 
 
 def _report(
@@ -120,12 +127,17 @@ def _report(
     args: tuple[Any, ...] | None,
     changes: list[Change],
     refusals: list[Refusal],
+    intended: Sequence[tuple[str, Mapping[str, str]]],
 ) -> TwinReport:
     agreement: list[Agreement] = []
     notes: list[Note] = []
     if args is not None and changes:
-        agreement, remarks = compare(model, new, args)
+        differing = [mode for mode in MODES if any(mode in differs for _, differs in intended)]
+        agreement, remarks = compare(model, new, args, but_not_in=differing)
         notes = [Note("", remark) for remark in remarks]
+        for mode in differing:
+            places = {path: differs[mode] for path, differs in intended if mode in differs}
+            notes += [Note(path, f"differs in {mode} by intent: {what}") for path, what in places.items()]
         check_agreement(agreement, "converted", "except it with except_=, and please report the model")
     elif changes:
         notes = [Note("", "not compared with the original: no example was given")]

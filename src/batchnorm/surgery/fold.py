@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm.layers import Joined, Normalization
 from batchnorm.surgery.examples import other_sizes, two_of
 from batchnorm.surgery.graph import Trace, Untraceable
-from batchnorm.surgery.kinds import is_normalization
+from batchnorm.surgery.kind import is_normalization
 from batchnorm.surgery.lift import is_exported, lifted
 from batchnorm.surgery.models import as_args, check_example, check_model, copied
 from batchnorm.surgery.outcome import Change, Note, Refusal, SurgeryReport, table

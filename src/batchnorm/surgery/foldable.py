@@ -6,8 +6,8 @@ from torch import nn
 from torch.fx import Node
 from torch.nn.utils.parametrize import is_parametrized
 
+from batchnorm.surgery.frozen_class import is_frozen_by_class
 from batchnorm.surgery.graph import AFFINE, Trace
-from batchnorm.surgery.kinds import is_frozen_by_class
 from batchnorm.surgery.roles import input_of
 
 _OWN_METHODS = ("forward", "_conv_forward", "_output_padding")

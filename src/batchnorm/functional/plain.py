@@ -1,4 +1,4 @@
-"""Batch Normalization as pure functions of tensors; running averages are the layers' business."""
+"""Normalization by the moments of a batch, and by given ones."""
 
 import torch
 from torch import Tensor

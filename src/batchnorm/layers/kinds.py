@@ -1,0 +1,45 @@
+"""The kinds of our layers, and their classes: one entry for each kind."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from batchnorm.layers.base import Normalization
+from batchnorm.layers.ghost import GHOSTS, Ghost
+from batchnorm.layers.synced import SYNCED, Synced
+from batchnorm.layers.variation import Variation, plain_again, vary
+
+VARIATIONS: dict[type[Variation], Mapping[type[Normalization], type[Variation]]] = {
+    Synced: SYNCED,
+    Ghost: GHOSTS,
+}
+"""For each kind that is not plain, its class for each of the plain ones."""
+
+_PLAIN = {cls: plain for classes in VARIATIONS.values() for plain, cls in classes.items()}
+
+
+def is_known(cls: type) -> bool:
+    """Whether a class is one of those in `VARIATIONS` itself, not a subclass."""
+    return cls in _PLAIN
+
+
+def become(layer: Normalization, kind: type[Variation], **settings: Any) -> Variation:
+    """Turn a plain layer of ours into one of a kind, in place; `become_plain` undoes it.
+
+    Args:
+        layer: Exactly one of the plain classes.
+        kind: One in `VARIATIONS`.
+        settings: All that the kind has.
+
+    Raises:
+        ValueError: The settings make no sense.
+    """
+    return vary(layer, VARIATIONS[kind][type(layer)], **settings)
+
+
+def become_plain(layer: Variation) -> Normalization:
+    """Turn a layer of a kind into the plain one, in place.
+
+    Args:
+        layer: Exactly one of the classes in `VARIATIONS`.
+    """
+    return plain_again(layer, _PLAIN[type(layer)])

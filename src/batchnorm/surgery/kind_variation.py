@@ -1,0 +1,65 @@
+"""The kinds of normalization that are a plain layer of ours with something else: one short entry for each."""
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from batchnorm import distributed
+from batchnorm.layers import Ghost, Synced
+from batchnorm.layers.kinds import become
+from batchnorm.layers.variation import Variation
+from batchnorm.surgery.kind import Calls, Kind, general_obstacle
+from batchnorm.surgery.kind_plain import make_plain
+
+
+def ghost(*, ghost_size: int) -> Kind:
+    """Our layers, each virtual batch by its own moments; ``ghost_size`` examples are one."""
+    return _variation(Ghost, ghost_size=ghost_size)
+
+
+def synced(*, group: dist.ProcessGroup | None = None, group_size: int | None = None) -> Kind:
+    """Our layers, by the batch of all ranks of ``group``, or of ``group_size`` consecutive ones."""
+    name = distributed.name_of(group, group_size)
+
+    def change(layer: nn.Module, calls: Calls) -> str:
+        chosen, own_group = name, getattr(layer, "process_group", None)
+        make_plain(layer, calls)
+        # The group that a SyncBatchNorm brings, where none was asked for.
+        if name == distributed.WORLD and own_group is not None:
+            chosen = distributed.name_of(own_group, None)
+        num = distributed.num_ranks(chosen)
+        layer = become(layer, Synced, group_name=chosen, place="")
+        over = f"over {num} ranks" if num > 1 else "over the ranks that there will be: here is one"
+        return f"now batchnorm.{type(layer).__name__}, {over}"
+
+    def is_one(layer: nn.Module) -> bool:
+        return isinstance(layer, Synced) and layer.group_name == name
+
+    return Kind(is_one, general_obstacle, change, carries_activations=True)
+
+
+def _variation(kind: type[Variation], **settings: Any) -> Kind:
+    """A kind of layers whose options are their settings.
+
+    Raises:
+        ValueError: The settings make no sense.
+    """
+    kind.check_settings(**settings)
+
+    def is_one(layer: nn.Module) -> bool:
+        return isinstance(layer, kind) and all(getattr(layer, n) == value for n, value in settings.items())
+
+    def change(layer: Any, calls: Calls) -> str:
+        remark = make_plain(layer, calls)
+        now = become(layer, kind, **settings)
+        return f"now batchnorm.{type(now).__name__}, {now.described}{remark}"
+
+    return Kind(is_one, general_obstacle, change, carries_activations=True)
+
+
+def name_places(model: nn.Module) -> None:
+    """Tell synchronized layers their paths, by which the watchdog calls them."""
+    for path, layer in model.named_modules():
+        if isinstance(layer, Synced):
+            layer.place = path
