@@ -22,7 +22,7 @@ from batchnorm.layers import (
     SyncedBatchNormPerActivation,
 )
 from batchnorm.moments import Moments
-from batchnorm.statistics import commit_on_step, pool_statistics, recalibrate
+from batchnorm.statistics import adapt, commit_on_step, pool_statistics, recalibrate
 from batchnorm.surgery import accelerate, convert, fold, freeze, insert, parameter_groups, thaw
 
 __version__ = "0.1.0"
@@ -42,6 +42,7 @@ __all__ = [
     "SyncedBatchNorm3d",
     "SyncedBatchNormPerActivation",
     "accelerate",
+    "adapt",
     "commit_on_step",
     "convert",
     "diagnose",

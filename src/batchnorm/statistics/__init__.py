@@ -1,20 +1,26 @@
 """Running and population statistics: what a batch-normalized network uses once training is over."""
 
+from batchnorm.statistics.adapt import adapt
+from batchnorm.statistics.adaptation_report import AdaptationReport
 from batchnorm.statistics.commit import CommitHandle, commit_on_step
 from batchnorm.statistics.metric import MetricChange
 from batchnorm.statistics.pool import PooledLayer, PoolReport, pool_statistics
 from batchnorm.statistics.population import Population
+from batchnorm.statistics.predictions import Predictions
 from batchnorm.statistics.recalibrate import recalibrate
 from batchnorm.statistics.recalibration_report import LayerChange, RecalibrationReport
 
 __all__ = [
+    "AdaptationReport",
     "CommitHandle",
     "LayerChange",
     "MetricChange",
     "PoolReport",
     "PooledLayer",
     "Population",
+    "Predictions",
     "RecalibrationReport",
+    "adapt",
     "commit_on_step",
     "pool_statistics",
     "recalibrate",

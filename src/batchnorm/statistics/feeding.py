@@ -34,6 +34,34 @@ def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     )
 
 
+def run(forward: Forward, model: nn.Module, batch: Any, index: int) -> object:
+    """Call ``forward(model, batch)``; where batch number ``index`` does not fit the model, say why."""
+    try:
+        return forward(model, batch)
+    except (RuntimeError, TypeError) as error:
+        better = explained(error, model, batch, index, forward)
+        if better is error:
+            raise
+        raise better from error
+
+
+def num_examples(batch: Any) -> int:
+    """Examples in a batch: the leading dimension of the first tensor in what `feed` takes.
+
+    Raises:
+        TypeError: There is no such tensor.
+    """
+    items = list(batch.values()) if isinstance(batch, Mapping) else batch
+    first = [items] if isinstance(items, Tensor) else list(items) if isinstance(items, tuple | list) else []
+    for item in first:
+        if isinstance(item, Tensor) and item.dim():
+            return item.shape[0]
+    raise TypeError(
+        "a batch must be a tensor, a tuple or list that begins with one, or a dict with one, whose first "
+        f"dimension is that of the examples; got {type(batch).__name__}"
+    )
+
+
 def explained(error: Exception, model: nn.Module, batch: Any, index: int, forward: Forward) -> Exception:
     """``error``, or one that says why batch number ``index`` does not fit the model.
 

@@ -1,6 +1,6 @@
 """Population statistics by each of the methods, from passes over the data."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -36,7 +36,7 @@ def find(passes: Passes, method: str, tolerance: float) -> Found:
         ValueError: A layer got fewer than two samples a channel in all the data, or no layer any.
     """
     if method == "exact":
-        population, last, residual = _settle(passes, tolerance)
+        population, last, residual = settle(passes, tolerance)
         found = Found({name: (m.mean, m.unbiased()) for name, m in population.items()}, last, residual)
     else:
         last = train_through(passes, average=method == "paper")
@@ -49,11 +49,11 @@ def find(passes: Passes, method: str, tolerance: float) -> Found:
     return found
 
 
-def train_through(passes: Passes, *, average: bool = False) -> Pass:
-    """One pass in which every batch is normalized by itself."""
+def train_through(passes: Passes, *, average: bool = False, own: bool = False) -> Pass:
+    """One pass in which every batch is normalized by itself; ``own`` as in `Passes.run`."""
     for layer in passes.layers.values():
         layer.training = True
-    return passes.run(passes.layers, average=average, spread=True)
+    return passes.run(passes.layers, average=average, spread=True, own=own)
 
 
 def check_counts(layers: Iterable[str], last: Pass) -> None:
@@ -80,8 +80,23 @@ def standard_errors(layers: dict[str, _BatchNorm], last: Pass) -> dict[str, tupl
     return errors
 
 
-def _settle(passes: Passes, tolerance: float) -> tuple[dict[str, Moments], Pass, float]:
-    """Settle the layers in the order in which data reach them; returns statistics and last pass."""
+def settle(
+    passes: Passes, tolerance: float, put: Callable[[str, Moments], None] | None = None
+) -> tuple[dict[str, Moments], Pass, float]:
+    """Settle the layers in the order in which data reach them.
+
+    Args:
+        passes: Over the data.
+        tolerance: As in `recalibrate`.
+        put: Called with the path of a layer and the moments of what it receives: stores the statistics
+            that layers after it shall see it with. By default, those of one batch of all the data.
+
+    Returns:
+        Moments of what each layer receives, the last pass, and the residual, in deviations.
+    """
+    # The biased variance, for only while we are at it: one batch of all the data would be
+    # normalized by that. What is stored in the end is unbiased.
+    put = put or (lambda name, moments: store(passes.layers[name], moments.mean, moments.var))
     layers = passes.layers
     known: dict[str, Moments] = {}
     while len(known) < len(layers):
@@ -89,7 +104,7 @@ def _settle(passes: Passes, tolerance: float) -> tuple[dict[str, Moments], Pass,
         if not found.moments:
             break  # nothing reaches the others
         for name, moments in found.moments.items():
-            _settle_on(layers[name], moments)
+            put(name, moments)
         known |= found.moments
     last = passes.run(known, spread=True)
     residual = best = _residual(layers, known, last)
@@ -101,7 +116,7 @@ def _settle(passes: Passes, tolerance: float) -> tuple[dict[str, Moments], Pass,
     while best > tolerance and patience:
         known = {name: last.moments.get(name, moments) for name, moments in known.items()}
         for name, moments in known.items():
-            _settle_on(layers[name], moments)
+            put(name, moments)
         last = passes.run(known, spread=True)
         residual = _residual(layers, known, last)
         patience -= 1
@@ -113,9 +128,3 @@ def _settle(passes: Passes, tolerance: float) -> tuple[dict[str, Moments], Pass,
 def _residual(layers: dict[str, _BatchNorm], known: dict[str, Moments], last: Pass) -> float:
     far = (distance(known[name], moments, layers[name].eps) for name, moments in last.moments.items())
     return max(far, default=0.0)
-
-
-def _settle_on(layer: _BatchNorm, moments: Moments) -> None:
-    # The biased variance, for only while we are at it: one batch of all the data would be
-    # normalized by that. What is stored in the end is unbiased.
-    store(layer, moments.mean, moments.var)

@@ -3,7 +3,7 @@
 import inspect
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -16,7 +16,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm import distributed
 from batchnorm.layers import Normalization
 from batchnorm.moments import Moments
-from batchnorm.statistics.feeding import Forward, explained, feed, length, shown
+from batchnorm.statistics import feeding
+from batchnorm.statistics.feeding import Forward, feed, length, shown
+from batchnorm.statistics.own import collected
 from batchnorm.statistics.spread import Spread
 
 # Batches whose spread is computed at once: one by one costs small layers as much as the rest of a pass.
@@ -109,7 +111,13 @@ class Passes:
         self._kept: list[Any] | None = [] if again and isinstance(batches, Iterator) else None
 
     def run(
-        self, watch: Iterable[str], *, stop: bool = False, average: bool = False, spread: bool = False
+        self,
+        watch: Iterable[str],
+        *,
+        stop: bool = False,
+        average: bool = False,
+        spread: bool = False,
+        own: bool = False,
     ) -> Pass:
         """Run every batch and pool the moments of the inputs of the layers in ``watch``.
 
@@ -118,6 +126,8 @@ class Passes:
             stop: End each batch at the first watched layer that it reaches.
             average: Fill `Pass.averages` too.
             spread: Fill `Pass.spreads` too.
+            own: Of layers in training mode take the moments that they normalize with, in the precision
+                of their own kernels, instead of computing them once more in float64.
 
         Raises:
             ValueError: A batch gives a layer values that are not finite or of a shape that it does
@@ -130,8 +140,9 @@ class Passes:
         found, error = Pass(), None
         try:
             batches = self._first()
-            with same_random_numbers(self.model), _eagerly(), distributed.alone():
-                self._run_here(found, batches, list(watch), stop=stop, average=average, spread=spread)
+            with same_random_numbers(self.model), eagerly(), distributed.alone():
+                options = {"stop": stop, "average": average, "spread": spread, "own": own}
+                self._run_here(found, batches, list(watch), **options)
         except Exception as caught:
             if self.group is None:
                 raise
@@ -162,6 +173,7 @@ class Passes:
         stop: bool,
         average: bool,
         spread: bool,
+        own: bool,
     ) -> None:
         of_batch: dict[str, Moments] = {}
         waiting: dict[str, list[Moments]] = {}
@@ -172,7 +184,14 @@ class Passes:
                 moments = call_moments(layer, args, kwargs)
             except (ValueError, TypeError) as error:
                 raise type(error)(f"{place}: {error}") from None
-            _check(moments, place, in_training=layer.training)
+            record(name, moments, place)
+
+        def take(name: str, moments: Moments) -> None:
+            # Inside the layer, which says itself where it is when it fails.
+            record(name, moments, f"batch {found.num_batches}")
+
+        def record(name: str, moments: Moments, place: str) -> None:
+            _check(moments, place, in_training=self.layers[name].training)
             found.num_calls[name] = found.num_calls.get(name, 0) + 1
             _pool(found.moments, name, moments)
             if spread:
@@ -184,7 +203,10 @@ class Passes:
                 raise _StopHere
 
         with ExitStack() as stack:
+            told = stack.enter_context(collected(self.layers, take)) if own else set()
             for name in watch:
+                if name in told:
+                    continue
 
                 def hook(module: Any, args: Any, kwargs: Any, name: str = name) -> None:
                     enter(name, module, args, kwargs)
@@ -197,15 +219,8 @@ class Passes:
                 title = f"recalibrate, pass {self.num_done}"
                 batches = stack.enter_context(shown(batches, total, title))
             for batch in batches:
-                try:
-                    self.forward(self.model, batch)
-                except _StopHere:
-                    pass
-                except (RuntimeError, TypeError) as error:
-                    better = explained(error, self.model, batch, found.num_batches, self.forward)
-                    if better is error:
-                        raise
-                    raise better from error
+                with suppress(_StopHere):
+                    feeding.run(self.forward, self.model, batch, found.num_batches)
                 found.num_batches += 1
                 for name, moments in of_batch.items():
                     waiting.setdefault(name, []).append(moments)
@@ -287,8 +302,8 @@ def _check(moments: Moments, place: str, *, in_training: bool) -> None:
     if in_training and moments.count < 2:
         raise ValueError(
             f"{place}: {int(moments.count)} sample(s) a channel, and this method normalizes every batch by "
-            "itself, which needs at least two. Drop that batch (drop_last=True), use larger ones, or "
-            'method="exact", which takes batches of any size'
+            "itself, which needs at least two. Drop that batch (drop_last=True), use larger ones, or what "
+            'takes any: method="exact" of recalibrate, method="blended" of adapt'
         )
 
 
@@ -303,7 +318,7 @@ def same_random_numbers(model: nn.Module) -> AbstractContextManager[None]:
     )
 
 
-def _eagerly() -> AbstractContextManager[Any]:
+def eagerly() -> AbstractContextManager[Any]:
     """Compiled modules run eagerly: code compiled earlier does not call hooks."""
     if "torch._dynamo" in sys.modules:
         return torch.compiler.set_stance("force_eager")

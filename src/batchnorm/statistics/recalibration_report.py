@@ -1,6 +1,7 @@
 """What a recalibration did, layer by layer."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -102,6 +103,36 @@ def layer_change(
     )
 
 
+def layer_table(layers: Sequence[LayerChange]) -> list[str]:
+    """The lines of a table of the layers' changes."""
+    paper = any(layer.paper_gap is not None for layer in layers)
+    header = ["layer", "channels", "samples/channel", "mean moved (std)", "std changed (×)", "std. error"]
+    if paper:
+        header.append("paper's std off by")
+    rows = [header]
+    for layer in layers:
+        cells = [layer.name or "(model)", str(layer.new_mean.numel()), str(layer.count)]
+        cells += [f"{layer.shift:.3g}", f"{layer.stretch:.3g}"]
+        cells.append("?" if layer.standard_error is None else f"{layer.standard_error:.2g}")
+        if paper:
+            cells.append("" if layer.paper_gap is None else f"{layer.paper_gap:.2%}")
+        rows.append(cells)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    lines = [
+        "  ".join(
+            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    lines.insert(1, "  ".join("-" * w for w in widths))
+    return lines
+
+
+def counted(num: int, what: str, plural: str = "s") -> str:
+    """A number of things, with the plural where there is not one."""
+    return f"{num} {what}{plural * (num != 1)}"
+
+
 @dataclass(frozen=True)
 class RecalibrationReport:
     """What `recalibrate` did; ``print`` it for a table.
@@ -140,29 +171,10 @@ class RecalibrationReport:
         return max(known) if known and len(known) == len(errors) else None
 
     def __str__(self) -> str:
-        paper = self.method == "paper"
-        header = ["layer", "channels", "samples/channel", "mean moved (std)", "std changed (×)", "std. error"]
-        if paper:
-            header.append("paper's std off by")
-        rows = [header]
-        for layer in self.layers:
-            cells = [layer.name or "(model)", str(layer.new_mean.numel()), str(layer.count)]
-            cells += [f"{layer.shift:.3g}", f"{layer.stretch:.3g}"]
-            cells.append("?" if layer.standard_error is None else f"{layer.standard_error:.2g}")
-            if layer.paper_gap is not None:
-                cells.append(f"{layer.paper_gap:.2%}")
-            rows.append(cells)
-        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-        lines = [
-            "  ".join(
-                c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
-        ]
-        lines.insert(1, "  ".join("-" * w for w in widths))
+        lines = layer_table(self.layers)
         done = "measured" if self.kept_old else "recalibrated"
-        title = f"{done} {_counted(len(self.layers), 'layer')}, method {self.method!r}: "
-        title += f"{_counted(self.num_batches, 'batch', 'es')}, {_counted(self.num_passes, 'pass', 'es')}"
+        title = f"{done} {counted(len(self.layers), 'layer')}, method {self.method!r}: "
+        title += f"{counted(self.num_batches, 'batch', 'es')}, {counted(self.num_passes, 'pass', 'es')}"
         if self.residual is not None:
             title += f", residual {self.residual:.1e} deviations"
         if not self.converged:
@@ -172,7 +184,3 @@ class RecalibrationReport:
         if self.kept_old:
             lines.append("the old statistics are kept: nothing was changed")
         return "\n".join([title, *lines, *(f"note: {note}" for note in self.notes)])
-
-
-def _counted(num: int, what: str, plural: str = "s") -> str:
-    return f"{num} {what}{plural * (num != 1)}"
