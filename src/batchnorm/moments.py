@@ -4,8 +4,8 @@ Training, recalibration, ranks and micro-batches all summarize samples as `Momen
 combine them with `Moments.merge`, so every road to population statistics is the same road.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
@@ -86,11 +86,27 @@ class Moments:
 
         Source: Chan, Golub & LeVeque (1983).
         """
-        total = self.count + other.count
-        share = _ratio(other.count, total, self.mean)
+        share = self._share_of(other)
         gap = other.mean - self.mean
         within = self.var + (other.var - self.var) * share
+        total = self.count + other.count
         return Moments(self.mean + gap * share, within + gap.square() * share * (1 - share), total)
+
+    def _share_of(self, other: "Moments") -> Tensor | float:
+        return _ratio(other.count, self.count + other.count, self.mean)
+
+    @property
+    def statistics(self) -> tuple[Tensor, ...]:
+        """All that is known of the samples beside their count: mean and biased variance."""
+        return self.mean, self.var
+
+    def estimates(self) -> tuple[Tensor, ...]:
+        """What running statistics hold of the samples: mean and unbiased variance."""
+        return self.mean, self.unbiased()
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Moments":
+        """The same samples with each of the `statistics`, in their order, changed: cast, copied, moved."""
+        return replace(self, mean=change(self.mean), var=change(self.var))
 
     @classmethod
     def merged(cls, parts: Iterable["Moments"]) -> "Moments":
@@ -102,7 +118,7 @@ class Moments:
         parts = list(parts)
         if not parts:
             raise ValueError("Moments.merged needs at least one part; it was given none")
-        return reduce(cls.merge, parts)
+        return reduce(lambda whole, part: whole.merge(part), parts)
 
     @classmethod
     def pooled(cls, means: Tensor, variances: Tensor, weights: Tensor) -> "Moments":
@@ -134,21 +150,28 @@ class Moments:
         """
         num_ranks = dist.get_world_size(group)
         count = torch.as_tensor(self.count, dtype=torch.float64, device=self.mean.device)
-        packed = torch.cat([self.mean.double().flatten(), self.var.double().flatten(), count.reshape(1)])
+        packed = torch.cat([*(t.double().flatten() for t in self.statistics), count.reshape(1)])
         gathered = [torch.empty_like(packed) for _ in range(num_ranks)]
         dist.all_gather(gathered, packed, group=group)
-        num = self.mean.numel()
-        whole = Moments.merged(Moments(p[:num], p[num:-1], p[-1]) for p in gathered)
-        mean, var = whole.mean.reshape(self.mean.shape), whole.var.reshape(self.var.shape)
-        return Moments(mean.to(self.mean.dtype), var.to(self.var.dtype), whole.count)
+        sizes = [t.numel() for t in self.statistics]
+
+        def unpacked(flat: Tensor) -> Moments:
+            *parts, counted = flat.split([*sizes, 1])
+            shaped = iter([p.view_as(t) for p, t in zip(parts, self.statistics, strict=True)])
+            return replace(self.map(lambda _: next(shaped)), count=counted[0])
+
+        return Moments.merged(map(unpacked, gathered)).to(self.mean.dtype)
 
     def unbiased(self) -> Tensor:
         """Variance divided by ``count − 1``, shape (C,); equal to ``var`` for a single sample."""
-        return self.var * _ratio(self.count, self.count - 1, self.var)
+        return self.var * self._bessel()
+
+    def _bessel(self) -> Tensor | float:
+        return _ratio(self.count, self.count - 1, self.var)
 
     def to(self, dtype: torch.dtype) -> "Moments":
         """The same moments with mean and variance in ``dtype``."""
-        return Moments(self.mean.to(dtype), self.var.to(dtype), self.count)
+        return self.map(lambda t: t.to(dtype))
 
 
 def _ratio(part: Tensor | int, whole: Tensor | int, like: Tensor) -> Tensor | float:

@@ -53,13 +53,7 @@ def batch_norm(
     Source: Ioffe & Szegedy (2015), Algorithm 1.
     """
     name = check_arguments(x, weight, bias, eps, activation, residual, mask, channel_dim)
-    num_values = x.numel() // x.shape[channel_dim] if x.numel() else 0
-    if num_values == 1:
-        raise ValueError(
-            f"a batch must hold more than one value per channel to be normalized by its own moments; "
-            f"input of shape {tuple(x.shape)} holds one (use a larger batch, drop the last one of an "
-            f"epoch, or normalize with running statistics)"
-        )
+    check_size(x, channel_dim)
     if channel_dim == -1:
         rows, residual, mask = as_rows(x, residual, mask)
         y, moments = _normalize(rows, weight, bias, residual, mask, eps, name)
@@ -109,6 +103,17 @@ def normalize_with(
             return eager.apply(kernel, *arguments).reshape(shape)
     # PyTorch's operations, which every transform and compiler knows.
     return (native if mask is None else reference).apply(*arguments).reshape(shape)
+
+
+def check_size(x: Tensor, channel_dim: int) -> None:
+    """Raise ``ValueError`` if there is a single value per channel."""
+    num_values = x.numel() // x.shape[channel_dim] if x.numel() else 0
+    if num_values == 1:
+        raise ValueError(
+            f"a batch must hold more than one value per channel to be normalized by its own moments; "
+            f"input of shape {tuple(x.shape)} holds one (use a larger batch, drop the last one of an "
+            f"epoch, or normalize with running statistics)"
+        )
 
 
 def as_rows(

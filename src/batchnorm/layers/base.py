@@ -201,6 +201,11 @@ class Normalization(_BatchNorm):
         """
         return Moments.of(x.detach(), channel_dim=self.channel_dim, mask=mask, dtype=dtype)
 
+    def no_moments(self) -> Moments:
+        """Moments of no samples, flat, of the kind that `move` takes."""
+        zeros = torch.zeros_like(self.running_mean).detach().flatten()
+        return Moments(zeros, zeros.clone(), 0)
+
     def _check_input_dim(self, x: Tensor) -> None:
         if x.dim() < 2 or x.shape[self.channel_dim] != self.num_features:
             place = "last" if self.channel_dim == -1 else "in dimension 1"

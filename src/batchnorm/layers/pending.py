@@ -59,7 +59,7 @@ class Pending:
         self.num_moves: Tensor | int = 0
         self._waiting: list[_Entry] = []
         self._num_used = 0  # of the waiting: those whose backward pass has begun
-        self._box = _Mailbox(layer.running_mean.detach().flatten())
+        self._box = _Mailbox(layer.no_moments())
         self._hook: Callable[[], None] | None = None
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
@@ -83,7 +83,8 @@ class Pending:
 
     def blank(self) -> tuple[Tensor, Tensor, Tensor, float]:
         """Running statistics that become those of the next batch: all zeros, and a momentum of 1."""
-        mean, var = self._box.mean.new_zeros(2, self._box.mean.numel()).unbind()
+        like = self._box.moments.mean
+        mean, var = like.new_zeros(2, like.numel()).unbind()
         return mean, var, torch.zeros((), dtype=torch.int64), 1.0
 
     def take_blank(self, blank: tuple[Tensor, Tensor, Tensor, float], count: int) -> None:
@@ -212,50 +213,50 @@ class Pending:
 
 
 class _Mailbox:
-    """Moments left by compiled code, which can write into tensors only; shape (C,) each.
+    """Moments left by compiled code, which can write into tensors only.
 
     Args:
-        like: Running statistics.
+        nothing: Moments of no samples, in the dtype of the running statistics.
     """
 
-    def __init__(self, like: Tensor) -> None:
+    def __init__(self, nothing: Moments) -> None:
         self.is_in_use = False
-        self.mean, self.var = torch.zeros_like(like), torch.zeros_like(like)
-        self.count, self.num_batches, self.num_skipped = torch.zeros(
-            3, dtype=torch.int64, device=like.device
-        ).unbind()
+        device = nothing.mean.device
+        count, self.num_batches, self.num_skipped = torch.zeros(3, dtype=torch.int64, device=device).unbind()
+        self.moments = replace(nothing, count=count)
 
     def put(self, moments: Moments) -> None:
         """Merge one batch in, unless it is not finite."""
         self.is_in_use = True
+        mine = self.moments
         sound = (moments.mean.sum() + moments.var.sum()).isfinite()
-        whole = Moments(self.mean, self.var, self.count).merge(_only_if(sound, moments).to(self.mean.dtype))
-        self.mean.copy_(whole.mean)
-        self.var.copy_(whole.var)
-        self.count.copy_(whole.count)
+        whole = mine.merge(_only_if(sound, moments).to(mine.mean.dtype))
+        for there, new in zip(mine.statistics, whole.statistics, strict=True):
+            there.copy_(new)
+        mine.count.copy_(whole.count)
         self.num_batches.add_(1)
         self.num_skipped.add_(~sound)
 
     def take_out(self) -> tuple[Moments, Tensor, Tensor]:
         """What lies in it, the number of batches and of those left out; it is empty afterwards."""
-        mine = (self.mean, self.var, self.count, self.num_batches, self.num_skipped)
-        mean, var, count, num_batches, num_skipped = (t.clone() for t in mine)
+        mine = (*self.moments.statistics, self.moments.count, self.num_batches, self.num_skipped)
+        taken = replace(self.moments.map(torch.clone), count=self.moments.count.clone())
+        num_batches, num_skipped = self.num_batches.clone(), self.num_skipped.clone()
         for tensor in mine:
             tensor.zero_()
-        return Moments(mean, var, count), num_batches, num_skipped
+        return taken, num_batches, num_skipped
 
 
 def _only_if(sound: Tensor, moments: Moments) -> Moments:
     """The moments, or those of no samples."""
-    mean, var = (torch.where(sound, t, 0) for t in (moments.mean, moments.var))
-    return Moments(mean, var, sound * moments.count)
+    return replace(moments.map(lambda t: torch.where(sound, t, 0)), count=sound * moments.count)
 
 
 def _as(moments: Moments, dtype: torch.dtype, device: torch.device) -> Moments:
     if moments.mean.dtype is dtype and moments.mean.device == device:
         return moments
     count = moments.count.to(device) if isinstance(moments.count, Tensor) else moments.count
-    return Moments(moments.mean.to(device, dtype), moments.var.to(device, dtype), count)
+    return replace(moments.map(lambda t: t.to(device, dtype)), count=count)
 
 
 def _value(counter: Tensor) -> Any:

@@ -1,6 +1,7 @@
 """The one place where running statistics move."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ def commit(
     num_batches_tracked: Tensor,
     moments: Moments,
     momentum: float | None,
+    others: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> None:
     """Move running statistics towards the moments of one batch, in place.
 
@@ -28,12 +30,17 @@ def commit(
         num_batches_tracked: Batches that moved the statistics, int64, shape ().
         moments: Of the batch.
         momentum: Weight of the batch; ``None`` averages all batches equally.
+        others: Further running statistics, with what the batch has of each.
     """
     compiling = torch.compiler.is_compiling()
     in_lanes = not compiling and torch._C._are_functorch_transforms_active()
     if in_lanes:
         moments = _merged_over_lanes(moments, running_mean)
-    elif not compiling and _moves_at_once(running_mean, running_var, num_batches_tracked, moments):
+    elif (
+        not compiling
+        and not others
+        and _moves_at_once(running_mean, running_var, num_batches_tracked, moments)
+    ):
         samples = int(moments.count)
         if samples > 1:
             batch = (moments.mean, moments.var, samples)
@@ -42,21 +49,22 @@ def commit(
     mean, var, count = moments.mean, moments.unbiased(), moments.count
     if not isinstance(count, Tensor) and count < 2:
         return
+    moving = ((running_mean, mean), (running_var, var), *others)
     # A sum is finite only if all of its terms are.
-    probe = mean.sum() + var.sum()
+    probe = sum(new.sum() for _, new in moving)
     if isinstance(count, int) and probe.device.type == "cpu" and not in_lanes and not compiling:
         if not math.isfinite(probe.item()):
             return
         num_batches_tracked += 1
         new_weight = 1 / num_batches_tracked.item() if momentum is None else momentum
-        running_mean.lerp_(mean.to(running_mean.dtype), new_weight)
-        running_var.lerp_(var.to(running_var.dtype), new_weight)
+        for running, new in moving:
+            running.lerp_(new.to(running.dtype), new_weight)
         return
     # The same without looking at a value: a device would have to be waited for.
     sound = probe.isfinite() & (count > 1)
     num_batches_tracked += sound
     share = 1 / num_batches_tracked.clamp(min=1).to(running_mean.dtype) if momentum is None else momentum
-    for running, new in ((running_mean, mean), (running_var, var)):
+    for running, new in moving:
         running.copy_(torch.where(sound, torch.lerp(running, new.to(running.dtype), share), running))
 
 
