@@ -31,7 +31,7 @@ from batchnorm.data.shards import expand, open_shards
 from batchnorm.diagnostics.history import load_histories
 from batchnorm.reading import read_arrays, read_json, read_limited, read_torch
 from batchnorm.reproduce.activations.job import History
-from batchnorm.statistics import Population
+from batchnorm.statistics import Domains, Population
 from batchnorm.train.checkpoint import load_checkpoint
 from batchnorm.train.run import read_run
 
@@ -95,7 +95,7 @@ READ_BY = {
     "recipe": [lambda path: read_run(path.parent), read_json],
     "train-images-idx3-ubyte": [read_idx],
     "train-000000": [scan_shard],
-    "p": [Population.load],
+    "p": [Population.load, lambda path: Domains.load(nn.BatchNorm1d(1), path)],
 }
 
 

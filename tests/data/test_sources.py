@@ -153,7 +153,7 @@ def test_files_that_do_not_belong_together(tmp_path, tiny, change, says):
 def test_unknown_source_lists_the_known(tmp_path):
     with pytest.raises(ValueError, match=r"cifar100.*digits, mnist, fashion-mnist"):
         load("cifar100")
-    assert SOURCES == ("digits", "mnist", "fashion-mnist", "cifar10")
+    assert SOURCES == ("digits", "mnist", "fashion-mnist", "usps", "cifar10")
 
 
 def test_data_dir_that_is_no_folder(tmp_path):

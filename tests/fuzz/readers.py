@@ -25,12 +25,13 @@ from batchnorm.data.decode import BadImage, read_crop
 from batchnorm.data.idx import read_idx
 from batchnorm.data.shard_index import index_path, load_index, scan_shard
 from batchnorm.data.shards import open_shards
+from batchnorm.data.usps import read_usps
 from batchnorm.diagnostics import history
 from batchnorm.diagnostics.history import load_histories
 from batchnorm.reading import read_arrays, read_json, read_torch
 from batchnorm.reproduce.claiming import claim_folder
 from batchnorm.reproduce.training import Course
-from batchnorm.statistics import Population
+from batchnorm.statistics import Domains, Population
 from batchnorm.train.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, save_checkpoint
 from batchnorm.train.metrics import read_metrics
 from batchnorm.train.recipes import bn_mlp
@@ -157,6 +158,26 @@ def _populations() -> list[bytes]:
     return [safetensors.torch.save(tensors, {"population": json.dumps(header)})]
 
 
+def _normalized() -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.BatchNorm1d(2))
+
+
+def _domains() -> list[bytes]:
+    domains = Domains(_normalized())
+    domains.store("source")
+    domains.store("usps")
+    with TemporaryDirectory() as folder:
+        domains.save(Path(folder) / "domains")
+        return [(Path(folder) / "domains").read_bytes()]
+
+
+def _usps() -> list[bytes]:
+    whole = io.BytesIO()
+    images, labels = np.zeros((2, 16, 16), dtype=np.uint8), np.array([3, 9])
+    np.savez(whole, x_train=images, y_train=labels, x_test=images, y_test=labels)
+    return [whole.getvalue()]
+
+
 def _documents() -> list[bytes]:
     facts = {"name": "digits", "image_shape": [28, 28], "num_train": 2, "num_test": 1, "sha256": "0"}
     run = {"format": 1, "recipe": bn_mlp().to_json(), "data": facts}
@@ -266,6 +287,10 @@ READERS = {
         Reader("history.npz", load_histories, (ValueError,), _arrays),
         Reader("history.json", load_histories, (ValueError,), _histories),
         Reader("population.safetensors", Population.load, (ValueError,), _populations),
+        Reader(
+            "domains.safetensors", lambda path: Domains.load(_normalized(), path), (ValueError,), _domains
+        ),
+        Reader("usps.npz", read_usps, (ValueError,), _usps),
         Reader("recipe", _run, (ValueError,), _documents),
         Reader("state", _checkpoint, (ValueError,), _state),
         Reader(

@@ -32,6 +32,10 @@ CLAIMS = {
         "batchnorm.cli.claims.ensemble",
         "section 4.2.3, figure 4: what many crops and six networks add to one",
     ),
+    "adaptation": (
+        "batchnorm.cli.claims.adaptation",
+        "beyond the paper: networks in other domains, before and after their statistics are adapted",
+    ),
 }
 """Claim to the module that shows it and a line about it; imported only when its claim is called."""
 

@@ -11,6 +11,8 @@ from batchnorm.data.cifar import CLASSES as CIFAR10_CLASSES
 from batchnorm.data.cifar import read_cifar10
 from batchnorm.data.fetch import fetch, md5_of
 from batchnorm.data.idx import read_idx
+from batchnorm.data.usps import FILE as USPS_FILE
+from batchnorm.data.usps import read_usps
 
 ENVIRONMENT_VARIABLE = "BATCHNORM_DATA"
 """Folder that is searched when no `data_dir` is given. Read when a source is loaded, never on import."""
@@ -120,7 +122,7 @@ IDX_SOURCES = {
     ),
 }
 
-SOURCES = ("digits", *IDX_SOURCES, "cifar10")
+SOURCES = ("digits", *IDX_SOURCES, "usps", "cifar10")
 """Names that `load` knows."""
 
 
@@ -160,7 +162,7 @@ def load(
         return _load_digits(28 if size is None else size)
     if source not in SOURCES:
         raise ValueError(f"Unknown data source {source!r}; known are {', '.join(SOURCES)}.")
-    of = _load_cifar10 if source == "cifar10" else _load_idx
+    of = {"cifar10": _load_cifar10, "usps": _load_usps}.get(source, _load_idx)
     data = of(source, _folder(data_dir), download=download, progress=progress)
     if size not in (None, data.image_shape[-1]):
         raise ValueError(f"{source} images come in {data.image_shape[-1]} pixels only, not in {size}.")
@@ -190,6 +192,17 @@ def _load_cifar10(name: str, folder: Path, *, download: bool, progress: bool) ->
     folders = [folder / name, folder]
     arrays = read_cifar10(folders, folder / name, download=download, progress=progress)
     return ImageData(name, *arrays, classes=CIFAR10_CLASSES)
+
+
+def _load_usps(name: str, folder: Path, *, download: bool, progress: bool) -> ImageData:
+    path = _find(USPS_FILE, [folder / name, folder])
+    if path is None:
+        raise FileNotFoundError(
+            f"{name}: {USPS_FILE} is neither in {folder / name} nor in {folder}, and nobody publishes it in "
+            "this form. Make it by np.savez: x_train (7291, 16, 16) and x_test (2007, 16, 16), uint8 from 0, "
+            "paper, to 255, ink; y_train and y_test from 0 to 9."
+        )
+    return ImageData(name, *read_usps(path), classes=DIGIT_NAMES)
 
 
 def _load_idx(name: str, folder: Path, *, download: bool, progress: bool) -> ImageData:

@@ -3,6 +3,7 @@
 from batchnorm.statistics.adapt import adapt
 from batchnorm.statistics.adaptation_report import AdaptationReport
 from batchnorm.statistics.commit import CommitHandle, commit_on_step
+from batchnorm.statistics.domains import Domains
 from batchnorm.statistics.metric import MetricChange
 from batchnorm.statistics.pool import PooledLayer, PoolReport, pool_statistics
 from batchnorm.statistics.population import Population
@@ -13,6 +14,7 @@ from batchnorm.statistics.recalibration_report import LayerChange, Recalibration
 __all__ = [
     "AdaptationReport",
     "CommitHandle",
+    "Domains",
     "LayerChange",
     "MetricChange",
     "PoolReport",
