@@ -22,7 +22,7 @@ from batchnorm.layers import (
     SyncedBatchNormPerActivation,
 )
 from batchnorm.moments import Moments
-from batchnorm.statistics import Domains, adapt, commit_on_step, pool_statistics, recalibrate
+from batchnorm.statistics import Domains, DriftAlarm, adapt, commit_on_step, pool_statistics, recalibrate
 from batchnorm.surgery import accelerate, convert, fold, freeze, insert, parameter_groups, thaw
 
 __version__ = "0.1.0"
@@ -33,6 +33,7 @@ __all__ = [
     "BatchNorm3d",
     "BatchNormPerActivation",
     "Domains",
+    "DriftAlarm",
     "GhostBatchNorm1d",
     "GhostBatchNorm2d",
     "GhostBatchNorm3d",

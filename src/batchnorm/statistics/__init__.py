@@ -2,6 +2,7 @@
 
 from batchnorm.statistics.adapt import adapt
 from batchnorm.statistics.adaptation_report import AdaptationReport
+from batchnorm.statistics.alarm import Attached, DriftAlarm, DriftCheck
 from batchnorm.statistics.commit import CommitHandle, commit_on_step
 from batchnorm.statistics.domains import Domains
 from batchnorm.statistics.metric import MetricChange
@@ -13,8 +14,11 @@ from batchnorm.statistics.recalibration_report import LayerChange, Recalibration
 
 __all__ = [
     "AdaptationReport",
+    "Attached",
     "CommitHandle",
     "Domains",
+    "DriftAlarm",
+    "DriftCheck",
     "LayerChange",
     "MetricChange",
     "PoolReport",
