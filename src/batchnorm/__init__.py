@@ -8,10 +8,18 @@ from batchnorm.deploy import export
 from batchnorm.diagnostics import watch
 from batchnorm.doctor import diagnose
 from batchnorm.layers import (
+    AccumulatedBatchNorm1d,
+    AccumulatedBatchNorm2d,
+    AccumulatedBatchNorm3d,
+    AccumulatedBatchNormPerActivation,
     BatchNorm1d,
     BatchNorm2d,
     BatchNorm3d,
     BatchNormPerActivation,
+    EvalNorm1d,
+    EvalNorm2d,
+    EvalNorm3d,
+    EvalNormPerActivation,
     GhostBatchNorm1d,
     GhostBatchNorm2d,
     GhostBatchNorm3d,
@@ -20,6 +28,9 @@ from batchnorm.layers import (
     SyncedBatchNorm2d,
     SyncedBatchNorm3d,
     SyncedBatchNormPerActivation,
+    WhitenedBatchNorm1d,
+    WhitenedBatchNorm2d,
+    WhitenedBatchNorm3d,
 )
 from batchnorm.moments import Moments
 from batchnorm.statistics import Domains, DriftAlarm, adapt, commit_on_step, pool_statistics, recalibrate
@@ -28,12 +39,20 @@ from batchnorm.surgery import accelerate, convert, fold, freeze, insert, paramet
 __version__ = "0.1.0"
 
 __all__ = [
+    "AccumulatedBatchNorm1d",
+    "AccumulatedBatchNorm2d",
+    "AccumulatedBatchNorm3d",
+    "AccumulatedBatchNormPerActivation",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
     "BatchNormPerActivation",
     "Domains",
     "DriftAlarm",
+    "EvalNorm1d",
+    "EvalNorm2d",
+    "EvalNorm3d",
+    "EvalNormPerActivation",
     "GhostBatchNorm1d",
     "GhostBatchNorm2d",
     "GhostBatchNorm3d",
@@ -43,6 +62,9 @@ __all__ = [
     "SyncedBatchNorm2d",
     "SyncedBatchNorm3d",
     "SyncedBatchNormPerActivation",
+    "WhitenedBatchNorm1d",
+    "WhitenedBatchNorm2d",
+    "WhitenedBatchNorm3d",
     "accelerate",
     "adapt",
     "commit_on_step",

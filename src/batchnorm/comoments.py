@@ -26,7 +26,7 @@ class Comoments(Moments):
     @property
     def statistics(self) -> tuple[Tensor, ...]:
         """Mean, biased variance and biased covariances."""
-        return *super().statistics, self.cov
+        return self.mean, self.var, self.cov
 
     def estimates(self) -> tuple[Tensor, ...]:
         """Mean, unbiased variance and unbiased covariances."""

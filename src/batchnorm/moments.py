@@ -100,6 +100,10 @@ class Moments:
         """All that is known of the samples beside their count: mean and biased variance."""
         return self.mean, self.var
 
+    def flat(self) -> "Moments":
+        """Means and variances of any shape as vectors."""
+        return replace(self, mean=self.mean.flatten(), var=self.var.flatten())
+
     def estimates(self) -> tuple[Tensor, ...]:
         """What running statistics hold of the samples: mean and unbiased variance."""
         return self.mean, self.unbiased()

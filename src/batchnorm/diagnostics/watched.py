@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from batchnorm.layers import BatchNormPerActivation, Normalization
+from batchnorm.layers.variation import Variation
 
 _FEATURES_LAST = (
     nn.Linear,
@@ -113,7 +114,8 @@ def with_units(
 def gives_standardized(module: nn.Module, given: Given) -> bool:
     """Whether the module gives what it normalized by the moments of this very batch, and no more."""
     if isinstance(module, Normalization):
-        plain = module.activation is None and not given.has_more
+        differs = isinstance(module, Variation) and "training" in module.differs
+        plain = module.activation is None and not given.has_more and not differs
         trains = module.training and not module.frozen
     else:
         # What else a subclass does is not known; SyncBatchNorm normalizes by the moments of all ranks.

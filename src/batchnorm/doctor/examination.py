@@ -14,8 +14,8 @@ from batchnorm.doctor.data import Loss, mixed
 from batchnorm.doctor.fit import Fit, fit_of
 from batchnorm.doctor.observe import Observation, Seen, is_frozen, norms_of, observe
 from batchnorm.doctor.step import Step, take_step
-from batchnorm.moments import Moments
 from batchnorm.statistics import recalibrate
+from batchnorm.statistics.choose import statistics_of, store
 from batchnorm.statistics.feeding import Forward
 from batchnorm.surgery.models import copied
 
@@ -139,12 +139,12 @@ class Examination:
         return Gap(self.observe(cured, self.data, "inference"), self.observe(cured, self.data, "batch"))
 
     @cached_property
-    def population(self) -> dict[str, Moments]:
-        """What recalibration on these data would store, by layer; the variance is unbiased."""
+    def population(self) -> dict[str, tuple[Tensor, ...]]:
+        """What recalibration on these data would store, by layer."""
         model = copied(self.model)
         self.recalibrate(model)
         return {
-            name: Moments(layer.running_mean.clone(), layer.running_var.clone(), 0)
+            name: tuple(map(torch.clone, statistics_of(layer)))
             for name, layer in norms_of(model).items()
             if layer.running_mean is not None
         }
@@ -152,13 +152,12 @@ class Examination:
     def gap_with_population(self, names: Collection[str]) -> Gap:
         """The gap with the statistics of the data in these layers, and the others as they are."""
 
-        def store(model: nn.Module) -> None:
+        def change(model: nn.Module) -> None:
+            layers = norms_of(model)
             for name in names:
-                layer, new = model.get_submodule(name), self.population[name]
-                layer.running_mean.copy_(new.mean)
-                layer.running_var.copy_(new.var)
+                store(layers[name], *self.population[name])
 
-        return self.gap_after(store)
+        return self.gap_after(change)
 
     def recalibrate(self, model: nn.Module) -> None:
         """Give a copy of the model the statistics of the data."""

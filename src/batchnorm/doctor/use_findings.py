@@ -1,5 +1,7 @@
 """Statistics that several uses of a layer, or several ranks, do not share as they should."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -9,6 +11,7 @@ from batchnorm.doctor.diagnosis import Effect, Finding
 from batchnorm.doctor.examination import Examination
 from batchnorm.doctor.observe import norms_of
 from batchnorm.statistics import recalibrate
+from batchnorm.statistics.choose import store
 from batchnorm.surgery.models import copied
 
 
@@ -47,13 +50,12 @@ def _separated(exam: Examination, model: nn.Module, names: tuple[str, ...]) -> N
     model.register_forward_pre_hook(lambda *_: calls.update(dict.fromkeys(names, 0)))
     for name in names:
 
-        def enter(layer: nn.Module, _: object, name: str = name) -> None:
+        def enter(layer: Any, _: object, name: str = name) -> None:
             own = exam.seen[name].calls
             moments = own[min(calls[name], len(own) - 1)]
             calls[name] += 1
             if not layer.training:
-                layer.running_mean.copy_(moments.mean.view_as(layer.running_mean))
-                layer.running_var.copy_(moments.unbiased().view_as(layer.running_var))
+                store(layer, *moments.estimates())
 
         model.get_submodule(name).register_forward_pre_hook(enter)
 

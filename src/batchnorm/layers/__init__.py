@@ -1,8 +1,16 @@
 """The layers: nn.Modules, and the only place where running statistics move."""
 
+from batchnorm.layers.accumulated import (
+    Accumulated,
+    AccumulatedBatchNorm1d,
+    AccumulatedBatchNorm2d,
+    AccumulatedBatchNorm3d,
+    AccumulatedBatchNormPerActivation,
+)
 from batchnorm.layers.adopt import adopt
 from batchnorm.layers.base import Normalization
 from batchnorm.layers.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormPerActivation
+from batchnorm.layers.evalnorm import EvalNorm, EvalNorm1d, EvalNorm2d, EvalNorm3d, EvalNormPerActivation
 from batchnorm.layers.ghost import (
     Ghost,
     GhostBatchNorm1d,
@@ -18,12 +26,23 @@ from batchnorm.layers.synced import (
     SyncedBatchNorm3d,
     SyncedBatchNormPerActivation,
 )
+from batchnorm.layers.whitened import Whitened, WhitenedBatchNorm1d, WhitenedBatchNorm2d, WhitenedBatchNorm3d
 
 __all__ = [
+    "Accumulated",
+    "AccumulatedBatchNorm1d",
+    "AccumulatedBatchNorm2d",
+    "AccumulatedBatchNorm3d",
+    "AccumulatedBatchNormPerActivation",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
     "BatchNormPerActivation",
+    "EvalNorm",
+    "EvalNorm1d",
+    "EvalNorm2d",
+    "EvalNorm3d",
+    "EvalNormPerActivation",
     "Ghost",
     "GhostBatchNorm1d",
     "GhostBatchNorm2d",
@@ -36,5 +55,9 @@ __all__ = [
     "SyncedBatchNorm2d",
     "SyncedBatchNorm3d",
     "SyncedBatchNormPerActivation",
+    "Whitened",
+    "WhitenedBatchNorm1d",
+    "WhitenedBatchNorm2d",
+    "WhitenedBatchNorm3d",
     "adopt",
 ]

@@ -178,6 +178,11 @@ class Normalization(_BatchNorm):
         """Whether the output is that of plain batch normalization of (N, C, *spatial)."""
         return self.channel_dim == 1 or x.dim() == 2
 
+    @property
+    def mixes(self) -> str:
+        """Why the layer, in evaluation, is not one fixed map of every channel by itself; empty if it is."""
+        return ""
+
     def move(self, moments: Moments) -> None:
         """Move the running statistics towards the moments of one batch, flat, in their dtype."""
         mean, var = self._vectors()[2:]

@@ -3,16 +3,22 @@
 from collections.abc import Mapping
 from typing import Any
 
+from batchnorm.layers.accumulated import ACCUMULATED, Accumulated
 from batchnorm.layers.base import Normalization
+from batchnorm.layers.evalnorm import EVALNORM, EvalNorm
 from batchnorm.layers.ghost import GHOSTS, Ghost
 from batchnorm.layers.synced import SYNCED, Synced
 from batchnorm.layers.variation import Variation, plain_again, vary
+from batchnorm.layers.whitened import WHITENED, Whitened
 
 VARIATIONS: dict[type[Variation], Mapping[type[Normalization], type[Variation]]] = {
     Synced: SYNCED,
     Ghost: GHOSTS,
+    Accumulated: ACCUMULATED,
+    EvalNorm: EVALNORM,
+    Whitened: WHITENED,
 }
-"""For each kind that is not plain, its class for each of the plain ones."""
+"""For each kind that is not plain, its class for each of the plain ones that it knows."""
 
 _PLAIN = {cls: plain for classes in VARIATIONS.values() for plain, cls in classes.items()}
 
@@ -20,6 +26,11 @@ _PLAIN = {cls: plain for classes in VARIATIONS.values() for plain, cls in classe
 def is_known(cls: type) -> bool:
     """Whether a class is one of those in `VARIATIONS` itself, not a subclass."""
     return cls in _PLAIN
+
+
+def can_become(layer: Normalization, kind: type[Variation]) -> bool:
+    """Whether a kind has a class for a layer of ours, of any kind."""
+    return _PLAIN.get(type(layer), type(layer)) in VARIATIONS[kind]
 
 
 def become(layer: Normalization, kind: type[Variation], **settings: Any) -> Variation:

@@ -19,12 +19,14 @@ class Variation(Normalization):
         differs: Modes, "training" or "evaluation", in which the kind computes something else than
             the plain layer by intent, and what.
         check_settings: Called with all settings, by name; raises ``ValueError`` unless they make sense.
+        own_buffers: Names of buffers that the plain layer has not.
         ended: What to say in a report when a layer is of the kind no more.
     """
 
     settings: ClassVar[tuple[str, ...]] = ()
     differs: ClassVar[Mapping[str, str]] = {}
     check_settings: ClassVar[Callable[..., None]] = staticmethod(lambda **settings: None)
+    own_buffers: ClassVar[tuple[str, ...]] = ()
     ended: ClassVar[str] = ""
 
     def _vary(self, **settings: Any) -> Self:
@@ -38,6 +40,8 @@ class Variation(Normalization):
         """Give up everything that a plain layer has not."""
         for name in self.settings:
             self.__dict__.pop(name, None)
+        for name in self.own_buffers:
+            self._buffers.pop(name, None)
 
     def _is_plain(self, x: Tensor, by_running: bool) -> bool:
         return by_running and super()._is_plain(x, by_running)

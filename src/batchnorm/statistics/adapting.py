@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm import distributed
 from batchnorm.moments import Moments
 from batchnorm.statistics.adaptation_report import AdaptationReport
-from batchnorm.statistics.choose import choose, restored, store, unwrapped
+from batchnorm.statistics.choose import choose, restored, statistics_of, store, unwrapped
 from batchnorm.statistics.entropy import MakeOptimizer, collapsed, learn, scales_and_shifts
 from batchnorm.statistics.feeding import Forward, feed, num_examples
 from batchnorm.statistics.install import install
@@ -26,7 +26,7 @@ from batchnorm.statistics.trust import one_sided, too_few
 _TOLERANCE = 1e-6
 """Residual of "blended", in deviations, above which the report says that it did not settle."""
 
-Statistics = dict[str, tuple[Tensor, Tensor]]
+Statistics = dict[str, tuple[Tensor, ...]]
 """Mean and unbiased variance of each layer, float64, flat."""
 
 
@@ -185,7 +185,7 @@ def _own(task: Adapting) -> tuple[Statistics, Pass]:
     with torch.no_grad(), restored(task.model):
         last = train_through(passes, own=True)
         check_counts(task.layers, last)
-    return {name: (m.mean, m.unbiased()) for name, m in last.moments.items()}, last
+    return {name: m.estimates() for name, m in last.moments.items()}, last
 
 
 def _blended(task: Adapting, prior: float) -> tuple[Statistics, Pass]:
@@ -193,7 +193,7 @@ def _blended(task: Adapting, prior: float) -> tuple[Statistics, Pass]:
     layers, stored = task.layers, {}
     found: Statistics = {}
     for name, layer in layers.items():
-        stored[name] = (layer.running_mean.double().flatten(), layer.running_var.double().flatten())
+        stored[name] = tuple(t.double() for t in statistics_of(layer))
         if not all(t.isfinite().all() for t in stored[name]):
             raise ValueError(
                 f"layer {name!r}: the stored statistics are not finite, so that nothing can be blended with "
@@ -202,9 +202,8 @@ def _blended(task: Adapting, prior: float) -> tuple[Statistics, Pass]:
 
     def put(name: str, moments: Moments) -> None:
         share = task.batches.num_examples / (prior + task.batches.num_examples)
-        new = (moments.mean, moments.unbiased())
-        mean, var = (torch.lerp(a, b, share) for a, b in zip(stored[name], new, strict=True))
-        found[name] = (mean, var)
+        pairs = zip(stored[name], moments.estimates(), strict=True)
+        found[name] = tuple(torch.lerp(old, new.view_as(old), share) for old, new in pairs)
         store(layers[name], *found[name])
 
     with torch.no_grad(), restored(task.model):
@@ -221,8 +220,8 @@ def _blended(task: Adapting, prior: float) -> tuple[Statistics, Pass]:
 
 @torch.no_grad()
 def _put(layers: dict[str, _BatchNorm], found: Statistics) -> None:
-    for name, (mean, var) in found.items():
-        store(layers[name], mean, var)
+    for name, new in found.items():
+        store(layers[name], *new)
 
 
 def _install(task: Adapting, found: Statistics, last: Pass) -> tuple[LayerChange, ...]:

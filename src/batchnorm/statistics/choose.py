@@ -105,7 +105,27 @@ def put_back(saved: list[tuple[Tensor, Tensor]]) -> None:
             buffer.copy_(value)
 
 
-def store(layer: _BatchNorm, mean: Tensor, var: Tensor) -> None:
-    """Make these, of shape (C,) each, the layer's running statistics."""
-    layer.running_mean.copy_(mean.view_as(layer.running_mean))
-    layer.running_var.copy_(var.view_as(layer.running_var))
+def statistics_of(layer: _BatchNorm) -> tuple[Tensor, ...]:
+    """A layer's running mean and variance, and its covariances where it has any, as they are."""
+    cov = layer._buffers.get("running_cov")
+    return (layer.running_mean, layer.running_var, *(() if cov is None else (cov,)))
+
+
+def store(layer: _BatchNorm, *statistics: Tensor) -> None:
+    """Make these the layer's running statistics.
+
+    Args:
+        layer: Of any kind.
+        statistics: Mean and variance, shape (C,), and covariances where it has running ones.
+
+    Raises:
+        ValueError: It has, and there are none.
+    """
+    buffers = statistics_of(layer)
+    if len(statistics) < len(buffers):
+        raise ValueError(
+            f"{type(layer).__name__} has running covariances, which a new mean and variance do not fit: "
+            "recalibrate it, or bn.convert(model, to='plain') first"
+        )
+    for buffer, new in zip(buffers, statistics, strict=True):
+        buffer.copy_(new.view_as(buffer))

@@ -14,7 +14,7 @@ from batchnorm.statistics.recalibration_report import LayerChange, layer_change
 def install(
     model: nn.Module,
     layers: dict[str, _BatchNorm],
-    statistics: dict[str, tuple[Tensor, Tensor]],
+    statistics: dict[str, tuple[Tensor, ...]],
     source: Pass,
     *,
     errors: dict[str, tuple[float, float]],
@@ -30,7 +30,7 @@ def install(
     Args:
         model: The model with the layers, in any wrapper.
         layers: By path.
-        statistics: Mean and unbiased variance by path, shape (C,) each; layers without are left.
+        statistics: What `batchnorm.statistics.choose.store` takes, by path; layers without are left.
         source: The pass that they come from: samples and calls.
         errors: Standard errors of mean and deviation by path.
         paper_gaps: As in `LayerChange`, by path.
@@ -48,9 +48,9 @@ def install(
     changes: list[LayerChange] = []
     try:
         with torch.no_grad():
-            for name, (mean, var) in statistics.items():
+            for name, new in statistics.items():
                 gap = paper_gaps.get(name)
-                changes.append(_put(name, layers[name], mean, var, source, errors[name], gap))
+                changes.append(_put(name, layers[name], new, source, errors[name], gap))
         if metric is None:
             return tuple(changes), None, False
         outcome = MetricChange(before, measured(metric, model, group), higher_is_better)
@@ -66,14 +66,13 @@ def install(
 def _put(
     name: str,
     layer: _BatchNorm,
-    mean: Tensor,
-    var: Tensor,
+    new: tuple[Tensor, ...],
     source: Pass,
     errors: tuple[float, float],
     paper_gap: float | None,
 ) -> LayerChange:
     old = (layer.running_mean.clone(), layer.running_var.clone())
-    store(layer, mean, var)
+    store(layer, *new)
     if layer.num_batches_tracked is not None:  # checkpoints older than torch 0.4 have none
         layer.num_batches_tracked.fill_(source.num_calls[name])
     return layer_change(

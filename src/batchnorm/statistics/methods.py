@@ -19,12 +19,12 @@ class Found:
     """What a method found.
 
     Attributes:
-        statistics: Mean and unbiased variance of every layer that was reached, float64, flat.
+        statistics: Of every layer that was reached, as `Moments.estimates` has them, float64, flat.
         last: The pass over all the data that it ended with.
         residual: For "exact": how far ``last`` is from the statistics that it ran on, in deviations.
     """
 
-    statistics: dict[str, tuple[Tensor, Tensor]]
+    statistics: dict[str, tuple[Tensor, ...]]
     last: Pass
     residual: float | None
 
@@ -37,13 +37,13 @@ def find(passes: Passes, method: str, tolerance: float) -> Found:
     """
     if method == "exact":
         population, last, residual = settle(passes, tolerance)
-        found = Found({name: (m.mean, m.unbiased()) for name, m in population.items()}, last, residual)
+        found = Found({name: m.estimates() for name, m in population.items()}, last, residual)
     else:
         last = train_through(passes, average=method == "paper")
-        statistics = {name: (m.mean, m.unbiased()) for name, m in last.moments.items()}
+        statistics = {name: m.estimates() for name, m in last.moments.items()}
         for name, average in last.averages.items():
-            mean, var = average.mean.chunk(2)
-            statistics[name] = (mean, var)
+            sizes = [t.numel() for t in statistics[name]]
+            statistics[name] = average.mean.split(sizes)
         found = Found(statistics, last, None)
     check_counts(passes.layers, last)
     return found
@@ -96,7 +96,7 @@ def settle(
     """
     # The biased variance, for only while we are at it: one batch of all the data would be
     # normalized by that. What is stored in the end is unbiased.
-    put = put or (lambda name, moments: store(passes.layers[name], moments.mean, moments.var))
+    put = put or (lambda name, moments: store(passes.layers[name], *moments.statistics))
     layers = passes.layers
     known: dict[str, Moments] = {}
     while len(known) < len(layers):

@@ -36,7 +36,7 @@ class Pass:
     Attributes:
         moments: Of the inputs of every watched layer that was reached, in float64, flat.
         averages: With ``average=True``, for every such layer the moments over its calls of the
-            vector (batch mean, unbiased batch variance), shape (2 C,); each call counts once.
+            vector (batch mean, unbiased batch variance, …), flat; each call counts once.
         spreads: With ``spread=True``, how the batches of every such layer differ; all its calls
             within a batch are one batch of samples.
         num_calls: Calls of each reached layer.
@@ -68,7 +68,7 @@ def call_moments(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any
     num_channels = layer.num_features
     if moments.mean.numel() != num_channels:
         raise ValueError(f"expected {num_channels} channels, got input of shape {tuple(x.shape)}")
-    return Moments(moments.mean.flatten(), moments.var.flatten(), moments.count)
+    return moments.flat()
 
 
 class Passes:
@@ -197,7 +197,7 @@ class Passes:
             if spread:
                 _pool(of_batch, name, moments)
             if average:
-                both = torch.cat([moments.mean, moments.unbiased()])
+                both = torch.cat([t.flatten() for t in moments.estimates()])
                 _pool(found.averages, name, Moments(both, torch.zeros_like(both), 1))
             if stop:
                 raise _StopHere
@@ -252,16 +252,15 @@ class Passes:
             if calls:
                 whole.num_calls[name] = calls
                 size = self.layers[name].running_mean.numel()
-                whole.moments[name] = self._over_ranks(mine.moments.get(name), size, device)
+                none = _none_of(self.layers[name], device)
+                whole.moments[name] = (mine.moments.get(name) or none).all_reduce(self.group)
                 if average:
-                    whole.averages[name] = self._over_ranks(mine.averages.get(name), 2 * size, device)
+                    none = _nothing(sum(t.numel() for t in none.statistics), device)
+                    whole.averages[name] = (mine.averages.get(name) or none).all_reduce(self.group)
                 if spread:
                     here = mine.spreads.get(name) or Spread.of([_nothing(size, device)])
                     whole.spreads[name] = here.all_reduce(self.group)
         return whole
-
-    def _over_ranks(self, moments: Moments | None, size: int, device: torch.device) -> Moments:
-        return (moments or _nothing(size, device)).all_reduce(self.group)
 
 
 class _First:
@@ -275,6 +274,13 @@ class _First:
 
     def __len__(self) -> int:
         return min(len(self.batches), self.num)
+
+
+def _none_of(layer: _BatchNorm, device: torch.device) -> Moments:
+    """Moments of no samples of a layer, in float64."""
+    if isinstance(layer, Normalization):
+        return layer.no_moments().map(lambda t: t.to(device, torch.float64))
+    return _nothing(layer.running_mean.numel(), device)
 
 
 def _nothing(size: int, device: torch.device) -> Moments:

@@ -129,6 +129,8 @@ def _choose(network: nn.Module) -> tuple[dict[str, _BatchNorm], tuple[str, ...]]
             notes.append(f"{path!r} left alone: it keeps no running statistics")
         elif isinstance(layer, Normalization) and layer.frozen:
             notes.append(f"{path!r} left alone: it is frozen")
+        elif "running_cov" in layer._buffers:
+            notes.append(f"{path!r} left alone: running covariances are not pooled; recalibrate(group=…) it")
         else:
             layers[path] = layer
     if not layers:

@@ -5,7 +5,7 @@ import json
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from batchnorm import files
+from batchnorm.comoments import Comoments
 from batchnorm.moments import Moments
 from batchnorm.reading import parse_json
 from batchnorm.statistics.choose import choose, restored, unwrapped
@@ -166,7 +167,7 @@ class Population:
         changes, outcome, kept_old = install(
             model,
             layers,
-            {name: (m.mean, m.unbiased()) for name, m in found.items()},
+            {name: m.estimates() for name, m in found.items()},
             source,
             errors=errors,
             paper_gaps={},
@@ -202,6 +203,8 @@ class Population:
         for name, moments in self.moments.items():
             spread = self.spreads[name]
             tensors[f"{name}.mean"], tensors[f"{name}.biased_var"] = moments.mean, moments.var
+            if isinstance(moments, Comoments):
+                tensors[f"{name}.biased_cov"] = moments.cov
             tensors[f"{name}.spread"] = torch.cat([spread.center[None], spread.level[None], spread.sums])
             layers[name] = {
                 "count": int(moments.count),
@@ -243,6 +246,8 @@ class Population:
                         file.get_tensor(f"{name}.{part}") for part in ("mean", "biased_var", "spread")
                     )
                     moments[name], spreads[name] = _checked(name, mean, var, spread, counts)
+                    if f"{name}.biased_cov" in file.keys():  # noqa: SIM118  (the file is no dictionary)
+                        moments[name] = _with_cov(name, moments[name], file.get_tensor(f"{name}.biased_cov"))
                     num_calls[name] = int(counts["calls"])
                 return cls(moments, spreads, num_calls, int(header["num_batches"]), str(header["weights"]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
@@ -265,8 +270,18 @@ def _checked(
     return Moments(mean, var, count), Spread(center[0], level[0], sums, weight, num)
 
 
+def _with_cov(name: str, moments: Moments, cov: Tensor) -> Comoments:
+    size = len(moments.mean)
+    if cov.dim() != 2 or len(cov) != size or cov.dtype != torch.float64 or not cov.isfinite().all():
+        raise ValueError(
+            f"layer {name!r} has covariances of shape {tuple(cov.shape)}, {cov.dtype}, for {size} channels, "
+            "or some that are not finite"
+        )
+    return Comoments(moments.mean, moments.var, moments.count, cov)
+
+
 def _on_cpu(moments: Moments) -> Moments:
-    return Moments(moments.mean.cpu(), moments.var.cpu(), int(moments.count))
+    return replace(moments.map(Tensor.cpu), count=int(moments.count))
 
 
 def _spread_on_cpu(spread: Spread) -> Spread:

@@ -225,7 +225,8 @@ def _paper_gaps(layers: dict[str, _BatchNorm], last: Pass) -> dict[str, float]:
     gaps = {}
     for name, average in last.averages.items():
         pooled, eps = last.moments[name].unbiased() + layers[name].eps, layers[name].eps
-        averaged = average.mean.chunk(2)[1] + eps
+        num = len(pooled)
+        averaged = average.mean[num : 2 * num] + eps
         gaps[name] = ((averaged / pooled).sqrt() - 1).abs().nan_to_num().max().item()
     return gaps
 

@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 State = dict[str, dict[str, Tensor]]
 """By the layer's path and the tensor's name."""
 
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+STATISTICS = ("running_mean", "running_var", "running_cov", "num_batches_tracked")
 LEARNED = ("weight", "bias")
 
 
@@ -17,7 +17,7 @@ def state_of(layers: dict[str, _BatchNorm], names: Iterable[str] = (*LEARNED, *S
     """Copies of the layers' tensors of these names, where they have them."""
     names = tuple(names)
     found = {
-        path: {name: getattr(layer, name) for name in names if getattr(layer, name) is not None}
+        path: {name: t for name in names if (t := getattr(layer, name, None)) is not None}
         for path, layer in layers.items()
     }
     return {path: {name: t.detach().clone() for name, t in of.items()} for path, of in found.items()}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from batchnorm.layers.variation import Variation
 from batchnorm.surgery.models import copied, fixed_randomness
 from batchnorm.surgery.proof import allowed, difference, roundoff_of, widened
 
@@ -118,8 +119,17 @@ def _run(model: nn.Module, args: Sequence[Any]) -> list[_Named]:
         {str(i): t.detach() for i, t in enumerate(outputs)},
         {str(i): t.grad for i, t in enumerate(leaves) if t.grad is not None},
         {name: p.grad for name, p in model.named_parameters() if p.grad is not None},
-        dict(model.named_buffers()),
+        _buffers(model),
     ]
+
+
+def _buffers(model: nn.Module) -> _Named:
+    """All but those that only one kind of normalization has."""
+    found = dict(model.named_buffers())
+    for path, module in model.named_modules():
+        for name in module.own_buffers if isinstance(module, Variation) else ():
+            found.pop(f"{path}.{name}" if path else name, None)
+    return found
 
 
 def backward(outputs: Sequence[Tensor]) -> None:

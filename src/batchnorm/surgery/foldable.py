@@ -49,6 +49,8 @@ def norm_obstacle(path: str, norm: nn.Module, calls: list[Node], trace: Trace) -
         return "it has a forward of its own, set on the object"
     if norm.running_mean is None or norm.running_var is None:
         return "it has no running statistics"
+    if getattr(norm, "mixes", ""):
+        return str(norm.mixes)
     return _hooks_obstacle(norm, "it") or _reads_obstacle(trace, path, "it") or _values_obstacle(norm)
 
 

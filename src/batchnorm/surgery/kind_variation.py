@@ -6,8 +6,9 @@ import torch.distributed as dist
 from torch import nn
 
 from batchnorm import distributed
-from batchnorm.layers import Ghost, Synced
-from batchnorm.layers.kinds import become
+from batchnorm.layers import Accumulated, EvalNorm, Ghost, Normalization, Synced, Whitened
+from batchnorm.layers.evalnorm import weight_of
+from batchnorm.layers.kinds import become, can_become
 from batchnorm.layers.variation import Variation
 from batchnorm.surgery.kind import Calls, Kind, general_obstacle
 from batchnorm.surgery.kind_plain import make_plain
@@ -16,6 +17,21 @@ from batchnorm.surgery.kind_plain import make_plain
 def ghost(*, ghost_size: int) -> Kind:
     """Our layers, each virtual batch by its own moments; ``ghost_size`` examples are one."""
     return _variation(Ghost, ghost_size=ghost_size)
+
+
+def accumulated(*, micro_batches: int) -> Kind:
+    """Our layers, each micro-batch by the moments of ``micro_batches``: itself and those before it."""
+    return _variation(Accumulated, micro_batches=micro_batches)
+
+
+def evalnorm(*, batch_size: int | None = None, example_weight: float | None = None) -> Kind:
+    """Our layers, with the weight that an example had among ``batch_size``, or another."""
+    return _variation(EvalNorm, example_weight=weight_of(batch_size, example_weight))
+
+
+def whitened(*, group_channels: int = 16, iterations: int = 5) -> Kind:
+    """Our layers, whitening groups of channels."""
+    return _variation(Whitened, group_channels=group_channels, iterations=iterations)
 
 
 def synced(*, group: dist.ProcessGroup | None = None, group_size: int | None = None) -> Kind:
@@ -55,7 +71,12 @@ def _variation(kind: type[Variation], **settings: Any) -> Kind:
         now = become(layer, kind, **settings)
         return f"now batchnorm.{type(now).__name__}, {now.described}{remark}"
 
-    return Kind(is_one, general_obstacle, change, carries_activations=True)
+    def obstacle(layer: nn.Module, calls: Calls) -> str:
+        if isinstance(layer, Normalization) and not can_become(layer, kind):
+            return f"single activations are not of this kind: there is no such {type(layer).__name__}"
+        return general_obstacle(layer, calls)
+
+    return Kind(is_one, obstacle, change, carries_activations=True)
 
 
 def name_places(model: nn.Module) -> None:

@@ -7,13 +7,16 @@ from typing import Any
 from batchnorm.surgery.kind import Kind
 from batchnorm.surgery.kind_plain import plain
 from batchnorm.surgery.kind_torch import torchs
-from batchnorm.surgery.kind_variation import ghost, synced
+from batchnorm.surgery.kind_variation import accumulated, evalnorm, ghost, synced, whitened
 
 KINDS: Mapping[str, Callable[..., Kind]] = {
     "plain": plain,
     "torch": torchs,
     "synced": synced,
     "ghost": ghost,
+    "accumulated": accumulated,
+    "evalnorm": evalnorm,
+    "whitened": whitened,
 }
 """By the name that ``to=`` takes: what makes the kind, of keyword arguments that are its options."""
 
