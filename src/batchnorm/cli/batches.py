@@ -1,13 +1,13 @@
 """The batches that a command runs a saved model on: from a data set, images on disk, or a function."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from batchnorm.cli.saved import Saved, call, open_saved
 from batchnorm.data import ImageData, ImageFiles, num_cores, to_input
@@ -84,6 +84,24 @@ def batches_of(
             "class would be taken as such; use train, or --data module:function"
         )
     return _of_files(data, recipe, options, size)
+
+
+def test_accuracy(saved: Saved, options: InputOptions) -> Callable[[nn.Module], float] | None:
+    """What a model gets right of all test images of a data set by name; ``None`` of other data."""
+    data = saved.data
+    if not isinstance(data, ImageData):
+        return None
+    test = replace(options, part="test", batch_size=250, num_batches=len(data.test_labels))
+
+    @torch.no_grad()
+    def accuracy(model: nn.Module) -> float:
+        right = total = 0
+        for x, labels in batches_of(saved, data, test, whole=True):
+            right += int((model(x).argmax(1) == labels).sum())
+            total += len(labels)
+        return right / total
+
+    return accuracy
 
 
 def _of_files(

@@ -25,6 +25,10 @@ COMMANDS = {
         "batchnorm.cli.recalibrate",
         "population statistics for a saved model, from data of yours",
     ),
+    "adapt": (
+        "batchnorm.cli.adapt",
+        "statistics of another domain for a saved model, without labels; several domains beside one model",
+    ),
     "fold": ("batchnorm.cli.fold", "take a saved model's normalizations into the layers before them, proved"),
     "export": ("batchnorm.cli.export", "a saved model to ONNX or torch.export, checked before and after"),
     "shards": (

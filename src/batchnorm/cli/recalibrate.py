@@ -9,14 +9,11 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from torch import nn
 
 from batchnorm import files
-from batchnorm.cli.batches import InputOptions, Part, batches_of, opened
+from batchnorm.cli.batches import InputOptions, Part, opened, test_accuracy
 from batchnorm.cli.saved import Saved, check_ending, save_weights
-from batchnorm.data import ImageData
 from batchnorm.statistics import recalibrate
-from batchnorm.statistics.metric import Metric
 from batchnorm.train.feed import feed_of
 
 DESCRIPTION = """\
@@ -70,7 +67,7 @@ def run(argv: list[str]) -> None:
     arguments = replace(arguments, part=arguments.part or "train")
     saved, named = opened(arguments.model, arguments)
     batches, method = _batches(saved, named, arguments)
-    metric = _accuracy(saved, arguments)
+    metric = test_accuracy(saved, arguments)
     if arguments.keep_better and metric is None:
         raise ValueError("--keep-better needs test images to judge by: --data with a data set's name")
     try:
@@ -100,20 +97,3 @@ def _batches(
             "batches"
         )
     return list(itertools.islice(named, arguments.num_batches)), "exact"
-
-
-def _accuracy(saved: Saved, arguments: RecalibrateArguments) -> Metric | None:
-    data = saved.data
-    if not isinstance(data, ImageData):
-        return None
-    test = replace(arguments, part="test", batch_size=250, num_batches=len(data.test_labels))
-
-    @torch.no_grad()
-    def metric(model: nn.Module) -> float:
-        right = total = 0
-        for x, labels in batches_of(saved, data, test, whole=True):
-            right += int((model(x).argmax(1) == labels).sum())
-            total += len(labels)
-        return right / total
-
-    return metric
