@@ -10,7 +10,7 @@ from typing import Any, Literal
 import tyro
 from rich.console import Console
 
-from batchnorm.bench import clusters, fold, memory, ranks, step, watch
+from batchnorm.bench import adapt, clusters, fold, memory, ranks, step, watch
 from batchnorm.bench.networks import NETWORKS, Network
 from batchnorm.bench.results import append, default_path, occasions, picture
 from batchnorm.bench.shapes import SMALL_AND_ODD, inception_shapes, resnet50_shapes
@@ -28,6 +28,7 @@ Side-by-side figures on this machine: medians over rounds in which all contender
   loader    images a second from JPEG files, on one core
   watch     what a recorder adds to training, at its defaults
   export    an exported file in onnxruntime: its answers and its speed, beside the model's
+  adapt     adaptation to another domain, and an alarm, beside plain inference
   ranks     data-parallel steps of 1, 2 and 4 processes: local and synced BN, measured and by the model
   scaling   the model of step time alone, for 1 to 1,024 GPUs: arithmetic, nothing is measured
 
@@ -162,6 +163,22 @@ class Export(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Adapt(Common):
+    """Adaptation by each method, and inference with an alarm, beside plain inference on the same batches."""
+
+    networks: tuple[adapt.Network, ...] = adapt.NETWORKS
+    """BN-Inception at the scale of CIFAR-10, a small residual network, that of reproduce adaptation."""
+    batch: int = 128
+    """Images in a batch."""
+    batches: int = 16
+    """How many are adapted on."""
+    rounds: int = 9
+    """Samples of each contender."""
+    threads: int = 1
+    """PyTorch's threads; 0 leaves its own choice."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Ranks(Common):
     """Training steps of several gloo processes on this machine: local and synced BN beside torch.nn's."""
 
@@ -199,6 +216,7 @@ KINDS: dict[str, type[Common | Scaling]] = {
     "loader": Loader,
     "watch": Watch,
     "export": Export,
+    "adapt": Adapt,
     "ranks": Ranks,
     "scaling": Scaling,
 }
@@ -354,6 +372,15 @@ def _measure_export(options: Export) -> list[dict[str, Any]]:
     ]
 
 
+def _adapt(options: Any, path: Path, console: Console) -> None:
+    arguments = {n: getattr(options, n) for n in ("networks", "batch", "batches", "rounds", "threads")}
+    with Console(stderr=True).status("adapt") as status:
+        found = adapt.measure(**arguments, progress=status.update)
+    append(path, "adapt", found, threads=options.threads, rounds=options.rounds)
+    for table in TABLES["adapt"](found):
+        console.print(table)
+
+
 def _ranks(options: Any, path: Path, console: Console) -> None:
     arguments = {n: getattr(options, n) for n in ("networks", "ranks", "rounds", "steps", "threads")}
     with Console(stderr=True).status("ranks") as status:
@@ -371,5 +398,6 @@ MEASURES: dict[str, Callable[[Any, Path, Console], None]] = {
     "loader": _loader,
     "watch": _watch,
     "export": _export,
+    "adapt": _adapt,
     "ranks": _ranks,
 }

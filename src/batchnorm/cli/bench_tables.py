@@ -116,6 +116,17 @@ def _export_tables(found: Sequence[Mapping[str, Any]]) -> list[Table]:
     return [answers, speed]
 
 
+def _adapt_tables(found: Sequence[Mapping[str, Any]]) -> list[Table]:
+    tables = []
+    for network in found:
+        table = Table("", "seconds", "throughput", title=network["network"])
+        for name, seconds in network["seconds"].items():
+            table.add_row(name, _quartiles(seconds, "{:.3f}"), f"{network['throughput'][name]:.0%}")
+        table.caption = "medians; in brackets: quartiles; throughput of inference is 100 %"
+        tables.append(table)
+    return tables
+
+
 def _ranks_tables(found: Sequence[Mapping[str, Any]]) -> list[Table]:
     tables = []
     for network in found:
@@ -182,6 +193,7 @@ TABLES: dict[str, Callable[[Any], list[Table]]] = {
     "loader": _loader_tables,
     "watch": _watch_tables,
     "export": _export_tables,
+    "adapt": _adapt_tables,
     "ranks": _ranks_tables,
 }
 """From a benchmark's results to what is printed, by kind."""
