@@ -19,6 +19,9 @@ from batchnorm.layers.ghost import (
     GhostBatchNormPerActivation,
 )
 from batchnorm.layers.joined import Joined
+from batchnorm.layers.recurrent import BatchNormGRU, BatchNormLSTM
+from batchnorm.layers.recurrent_cells import BatchNormGRUCell, BatchNormLSTMCell
+from batchnorm.layers.stepwise import StepwiseBatchNorm
 from batchnorm.layers.synced import (
     Synced,
     SyncedBatchNorm1d,
@@ -37,6 +40,10 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "BatchNormGRU",
+    "BatchNormGRUCell",
+    "BatchNormLSTM",
+    "BatchNormLSTMCell",
     "BatchNormPerActivation",
     "EvalNorm",
     "EvalNorm1d",
@@ -50,6 +57,7 @@ __all__ = [
     "GhostBatchNormPerActivation",
     "Joined",
     "Normalization",
+    "StepwiseBatchNorm",
     "Synced",
     "SyncedBatchNorm1d",
     "SyncedBatchNorm2d",
