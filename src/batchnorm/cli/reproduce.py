@@ -36,6 +36,10 @@ CLAIMS = {
         "batchnorm.cli.claims.adaptation",
         "beyond the paper: networks in other domains, before and after their statistics are adapted",
     ),
+    "recurrent": (
+        "batchnorm.cli.claims.recurrent",
+        "section 5: sequential digits by a batch-normalized LSTM, and gradients through time",
+    ),
 }
 """Claim to the module that shows it and a line about it; imported only when its claim is called."""
 
