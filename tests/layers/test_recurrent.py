@@ -1,7 +1,5 @@
 """Recurrent layers equal a loop written by hand, step by step and sequence by sequence."""
 
-import copy
-import itertools
 import math
 
 import pytest
@@ -10,11 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from judge import assert_as_exact_as_eager
 from torch import nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 import batchnorm as bn
 from batchnorm.layers import StepwiseBatchNorm
-from batchnorm.layers.sequences import of_masked, to_padded
 
 F, H, EPS, MOMENTUM = 3, 4, 1e-3, 0.3
 KINDS = {"lstm": bn.BatchNormLSTM, "gru": bn.BatchNormGRU}
@@ -50,7 +47,7 @@ class Loop:
     """
 
     def __init__(self, layer: nn.Module, kind: str) -> None:
-        self.p = {name: p for name, p in layer.named_parameters()}
+        self.p = dict(layer.named_parameters())
         self.kind, self.layer, self.training = kind, layer, layer.training
         self.mean, self.var, self.moved = {}, {}, set()
         for name, m in layer.named_children():
@@ -234,3 +231,172 @@ def test_any_lengths_are_the_loop(kind, lengths, twice, learn):
             by_mask(layer, [torch.zeros(n, F, dtype=torch.float64) for n in lengths], None)
         return
     check(layer, kind, lengths, by_mask, f"lengths {lengths}")
+
+
+def normalizations(layer: nn.Module) -> dict[str, StepwiseBatchNorm]:
+    return dict(layer.named_children())
+
+
+def neutral(kind: str, **options) -> nn.Module:
+    """A layer whose normalizations do nothing in evaluation: means of zero, γ the deviations."""
+    layer = made(kind, 6, **options)
+    for norm in normalizations(layer).values():
+        var = torch.rand(norm.num_features, dtype=torch.float64) + 0.3
+        norm.weight.data.copy_((var + EPS).sqrt())
+        if norm.bias is not None:
+            nn.init.zeros_(norm.bias)
+        for step in norm.steps:
+            step.running_mean.zero_()
+            step.running_var.copy_(var)
+    return layer.eval()
+
+
+@both
+@pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
+def test_what_normalizes_nothing_is_torchs_layer_with_torchs_weights(kind, options):
+    layer = neutral(kind, **options)
+    theirs = THEIRS[kind](F, H, dtype=torch.float64, **options)
+    missing = theirs.load_state_dict(layer.state_dict(), strict=False)
+    assert missing.missing_keys == []
+    assert all(key.startswith("norm_") for key in missing.unexpected_keys)
+    x = torch.randn(5, 4, F, dtype=torch.float64)
+    hx, _ = begin(layer, kind, 4 if not layer.batch_first else 5)
+    unsorted = [torch.randn(n, F, dtype=torch.float64) for n in (2, 4, 1, 4)]
+    for one in (x, nn.utils.rnn.pack_sequence(unsorted, enforce_sorted=False)):
+        state = hx if isinstance(one, torch.Tensor) else None
+        (mine, my_state), (out, state) = layer(one, state), theirs(one, state)
+        if isinstance(out, PackedSequence):
+            assert torch.equal(mine.batch_sizes, out.batch_sizes)
+            mine, out = mine.data, out.data
+        torch.testing.assert_close(mine, out, rtol=1e-12, atol=1e-13)
+        for a, b in zip(parts_of(my_state), parts_of(state), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+@both
+def test_torchs_weights_load_and_give_torchs_outputs(kind):
+    theirs, layer = THEIRS[kind](F, H, 2, dtype=torch.float64), neutral(kind, num_layers=2)
+    found = layer.load_state_dict(theirs.state_dict(), strict=False)
+    assert not found.unexpected_keys
+    x = torch.randn(6, 3, F, dtype=torch.float64)
+    torch.testing.assert_close(layer(x)[0], theirs(x)[0], rtol=1e-12, atol=1e-13)
+
+
+@both
+def test_one_sequence_without_batch_dimension_is_a_batch_of_one(kind):
+    layer = made(kind).eval()
+    x = torch.randn(4, 1, F, dtype=torch.float64)
+    hx, _ = begin(layer, kind, 1)
+    narrow = tuple(p[:, 0] for p in parts_of(hx))
+    out, state = layer(x[:, 0], narrow if kind == "lstm" else narrow[0])
+    expected, true = layer(x, hx)
+    assert torch.equal(out, expected[:, 0])
+    for a, b in zip(parts_of(state), parts_of(true), strict=True):
+        assert torch.equal(a, b[:, 0])
+
+
+@both
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_cells_and_pieces_of_a_sequence_are_the_whole(kind, training):
+    layer = made(kind, 3).train(training)
+    cell = CELLS[kind](F, H, 3, eps=EPS, momentum=MOMENTUM, dtype=torch.float64).train(training)
+    state = {name.replace("_l0", ""): value for name, value in layer.state_dict().items()}
+    cell.load_state_dict(state)
+    pieces = made(kind, 3).train(training)
+    pieces.load_state_dict(layer.state_dict())
+    x = torch.randn(3, 4, F, dtype=torch.float64)
+    expected, _ = layer(x)
+    h = None
+    for step, one in enumerate(x):
+        h = cell(one, h, step=step)
+        torch.testing.assert_close(parts_of(h)[0], expected[step], rtol=1e-12, atol=1e-13)
+    first, between = pieces(x[:2])
+    second, _ = pieces(x[2:], between, first_step=2)
+    torch.testing.assert_close(torch.cat([first, second]), expected, rtol=1e-12, atol=1e-13)
+    for name, norm in normalizations(layer).items():
+        for other in (cell.get_submodule(name.replace("_l0", "")), pieces.get_submodule(name)):
+            for mine, theirs in zip(norm.buffers(), other.buffers(), strict=True):
+                torch.testing.assert_close(mine, theirs)
+
+
+@both
+def test_first_and_second_gradients(kind):
+    layer = made(kind, 3)
+    names = [name for name, _ in layer.named_parameters()]
+    mask = as_mask([3, 2, 3], 3).t()
+
+    def of(x, *parameters):
+        fresh = dict(zip(names, parameters, strict=True))
+        buffers = {name: b.clone() for name, b in layer.named_buffers()}
+        out, state = torch.func.functional_call(layer, {**fresh, **buffers}, (x,), {"mask": mask})
+        return (out, *parts_of(state))
+
+    x = torch.randn(3, 3, F, dtype=torch.float64, requires_grad=True)
+    parameters = [p.detach().clone().requires_grad_() for p in layer.parameters()]
+    assert torch.autograd.gradcheck(of, (x, *parameters), fast_mode=True)
+    assert torch.autograd.gradgradcheck(of, (x, *parameters), atol=1e-4, fast_mode=True)
+
+
+@both
+@pytest.mark.parametrize("mean", [0.0, 300.0], ids=["centred", "far from zero"])
+def test_float32_is_as_exact_as_plain_operations(kind, mean):
+    truth = made(kind, 5)
+    ours = made(kind, 5, dtype=torch.float32)
+    ours.load_state_dict(truth.state_dict())
+    for layer in (truth, ours):
+        for p in layer.parameters():
+            p.data = p.data.float().to(p.dtype)
+    sequences = [torch.randn(5, F) + mean for _ in range(6)]
+    plain, wide = Loop(ours, kind), Loop(truth, kind)
+    nothing = [[[torch.zeros(H)] * 2 for _ in sequences]]
+    eager = torch.stack(plain(sequences, nothing)[0])
+    exact = torch.stack(
+        wide([s.double() for s in sequences], [[[t.double() for t in n] for n in nothing[0]]])[0]
+    )
+    got = ours(torch.stack(sequences, 1))[0].transpose(0, 1)
+    assert_as_exact_as_eager(got, eager, exact, condition=mean, name="outputs")
+
+
+def test_bfloat16_layers_keep_statistics_in_float32():
+    layer = made("lstm", 3, dtype=torch.float32).bfloat16()
+    before = layer.norm_c_l0.steps[0].running_var.clone()
+    out, (h, c) = layer(torch.randn(4, 5, F, dtype=torch.bfloat16))
+    assert out.dtype == h.dtype == c.dtype == layer.norm_c_l0.weight.dtype == torch.bfloat16
+    out.backward(torch.randn_like(out))
+    assert layer.norm_hh_l0.weight.grad.isfinite().all()
+    for buffer in layer.buffers():
+        assert buffer.dtype in (torch.float32, torch.int64)
+    # Digits that bfloat16 does not have.
+    after = layer.norm_c_l0.steps[0].running_var
+    assert not torch.equal(after, after.bfloat16().float())
+    assert not torch.equal(after, before)
+
+
+@both
+def test_autocast_computes_products_in_bfloat16(kind):
+    layer = made(kind, 3, dtype=torch.float32).eval()
+    x = torch.randn(3, 5, F)
+    expected, _ = layer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, _ = layer(x)
+    torch.testing.assert_close(out.float(), expected, rtol=0.05, atol=0.02)
+    assert not torch.equal(out.float(), expected)
+
+
+@both
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_as_one_graph(kind, backend, training):
+    layer = made(kind, 3, dtype=torch.float32, bidirectional=True).train(training)
+    other = made(kind, 3, dtype=torch.float32, bidirectional=True).train(training)
+    x = torch.randn(3, 4, F)
+    w = torch.randn(3, 4, 2 * H)
+    compiled = torch.compile(layer, backend=backend, fullgraph=True)
+    out, expected = compiled(x)[0], other(x)[0]
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    (out * w).sum().backward()
+    (expected * w).sum().backward()
+    for a, b in zip(layer.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4)
+    for a, b in zip(layer.buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

@@ -19,9 +19,13 @@ from batchnorm.layers.ghost import (
     GhostBatchNormPerActivation,
 )
 from batchnorm.layers.joined import Joined
-from batchnorm.layers.recurrent import BatchNormGRU, BatchNormLSTM
-from batchnorm.layers.recurrent_cells import BatchNormGRUCell, BatchNormLSTMCell
-from batchnorm.layers.stepwise import StepwiseBatchNorm
+from batchnorm.layers.recurrent import (
+    BatchNormGRU,
+    BatchNormGRUCell,
+    BatchNormLSTM,
+    BatchNormLSTMCell,
+    StepwiseBatchNorm,
+)
 from batchnorm.layers.synced import (
     Synced,
     SyncedBatchNorm1d,

@@ -103,7 +103,7 @@ class Normalization(_BatchNorm):
                 the layer has an activation of its own and is given another.
         """
         if isinstance(x, torch.fx.Proxy):
-            return _stay_whole(self, x, residual=residual, mask=mask, activation=activation)
+            return stay_whole(self, x, residual=residual, mask=mask, activation=activation)
         try:
             self._check_input_dim(x)
             return self._normalize(x, residual, mask, self._activation(activation))
@@ -196,6 +196,10 @@ class Normalization(_BatchNorm):
             return parameters["weight"], parameters["bias"], mean, var
         return self.weight, self.bias, self.running_mean, self.running_var
 
+    def affine_parameters(self) -> dict[str, nn.Parameter]:
+        """γ and β by name, as far as there are any; of a layer that shares them, those of its owner."""
+        return dict(self.named_parameters(recurse=False))
+
     def moments(self, x: Tensor, mask: Tensor | None = None, dtype: torch.dtype = torch.float64) -> Moments:
         """Moments of an input of this layer, channel by channel, as the layer counts them.
 
@@ -266,7 +270,7 @@ class Normalization(_BatchNorm):
         self._widen_statistics()
 
 
-def _stay_whole(layer: Normalization, x: Any, **options: Any) -> Any:
+def stay_whole(layer: nn.Module, x: Any, **options: Any) -> Any:
     """One call_module node under any `torch.fx` tracer, as torch's own layers are."""
     extra = {name: value for name, value in options.items() if value is not None}
     return x.tracer.create_proxy("call_module", x.tracer.path_of_module(layer), (x,), extra)

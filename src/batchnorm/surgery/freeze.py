@@ -64,11 +64,19 @@ def thaw(model: nn.Module) -> SurgeryReport:
         TypeError: ``model`` is not a module.
     """
     _check(model, "thaw")
-    changes = []
-    for path, layer in model.named_modules():
-        if isinstance(layer, Normalization) and layer.frozen:
-            changes.append(Change(path, _thaw_layer(layer)))
-    return SurgeryReport(tuple(changes))
+    frozen = {path: m for path, m in model.named_modules() if isinstance(m, Normalization) and m.frozen}
+    before: dict[nn.Parameter, bool] = {}
+    for layer in frozen.values():
+        shared = layer.affine_parameters()
+        for name, learned in layer.__dict__.pop(_BEFORE, {}).items():
+            # Of layers that share one, only the first frozen has seen it learn.
+            before[shared[name]] = before.get(shared[name], False) or learned
+    for parameter, learned in before.items():
+        parameter.requires_grad_(learned)
+    for layer in frozen.values():
+        layer.frozen = False
+        release(layer, "freeze")
+    return SurgeryReport(tuple(Change(path, "thawed") for path in frozen))
 
 
 def _check(model: nn.Module, task: str) -> None:
@@ -88,17 +96,9 @@ def _freeze_layer(layer: nn.Module, affine: bool) -> str:
     ours = borrow(layer, "freeze")
     # A second freeze must not take what the first one left for the original.
     if not ours.frozen or _BEFORE not in ours.__dict__:
-        ours.__dict__[_BEFORE] = {name: p.requires_grad for name, p in ours.named_parameters(recurse=False)}
+        ours.__dict__[_BEFORE] = {name: p.requires_grad for name, p in ours.affine_parameters().items()}
     ours.frozen = True
-    stopped = [name for name, p in ours.named_parameters(recurse=False) if affine and p.requires_grad]
+    stopped = [name for name, p in ours.affine_parameters().items() if affine and p.requires_grad]
     for name in stopped:
-        getattr(ours, name).requires_grad_(False)
+        ours.affine_parameters()[name].requires_grad_(False)
     return "frozen at its running statistics" + (f"; {' and '.join(stopped)} stopped too" if stopped else "")
-
-
-def _thaw_layer(layer: Normalization) -> str:
-    layer.frozen = False
-    for name, requires_grad in layer.__dict__.pop(_BEFORE, {}).items():
-        getattr(layer, name).requires_grad_(requires_grad)
-    release(layer, "freeze")
-    return "thawed"

@@ -9,7 +9,7 @@ from batchnorm.cli.tables import shown
 from batchnorm.reproduce.recurrent import Recurrent, run_experiment
 from batchnorm.reproduce.recurrent.page import accuracy_table, gradient_table
 
-LEFT_OUT = ("loss", "middle", "best on the way, %")
+LEFT_OUT = ("loss", "middle", "best on the way, %", "ms a step")
 """Columns for which a terminal has no room; they are on the page."""
 
 

@@ -68,7 +68,7 @@ class Recurrent:
         if self.plain_rates:
             check_choices("plain_rates", self.plain_rates)
         if self.rate in self.plain_rates:
-            raise ValueError(f"plain_rates {self.plain_rates} are tried beside rate {self.rate}: leave it out")
+            raise ValueError(f"plain_rates {self.plain_rates} are tried beside rate {self.rate}: omit it")
         if self.batch_size < 2:
             raise ValueError(f"batch_size must be at least 2, got {self.batch_size}")
         for name in ("rate", "clip"):

@@ -11,29 +11,29 @@ from batchnorm.reproduce.recurrent.charts import accuracy_chart, gradient_chart,
 from batchnorm.reproduce.recurrent.summary import middle_of
 
 INTRO = """\
-Section 5 of Ioffe & Szegedy (2015) leaves recurrent networks, where gradients vanish or explode most, to later
-work. Cooijmans et al. (2017) did that work: in an LSTM they normalize the product of the input and that of the
-hidden state, each by itself, and the cell state before the output's tanh; with statistics of every time step by
-itself, and γ that starts from 0.1.
+Section 5 of Ioffe & Szegedy (2015) leaves recurrent networks, where gradients vanish or explode most, to
+later work. Cooijmans et al. (2017) did it: in an LSTM they normalize the product of the input and that of the
+hidden state, each by itself, and the cell state before the output's tanh; with statistics of every time step
+by itself, and γ that starts from 0.1.
 
-Data: {data}. An LSTM of {hidden_size} units reads an image row by row ({row_steps:,} training steps) or pixel by
-pixel, averaged down to at most {pixel_side} × {pixel_side} ({pixel_steps:,} steps), and its last hidden state is
-classified. Batches of {batch_size}, RMSProp with momentum 0.9 at rate {rate:g}, gradients clipped at norm
-{clip:g}, {seeds} seeds. The plain LSTM also at rates {plain_rates}. Both start from the same weights
-(recurrent ones orthogonal, forget gates with bias 1) and, in training, from a hidden state of Gaussian noise of
-deviation {noise:g}.
+Data: {data}. An LSTM of {hidden_size} units reads an image row by row ({row_steps:,} training steps) or pixel
+by pixel, averaged down to at most {pixel_side} × {pixel_side} ({pixel_steps:,} steps), and its last hidden
+state is classified. Batches of {batch_size}, RMSProp with momentum 0.9 at rate {rate:g}, gradients clipped at
+norm {clip:g}, {seeds} seeds. The plain LSTM is also trained at {plain_rates}. Both start from the same
+weights (recurrent ones orthogonal, forget gates with bias 1) and, in training, from a hidden state of
+Gaussian noise of deviation {noise:g}.
 """
 
 ACCURACY = """\
-Accuracy along the way is that of the first {test_examples:,} test images, with running statistics and a state of
-zeros; at the end that of all. Steps to a target are those of the first evaluation, of {evaluations}, that reaches
-it: the lower median of the seeds, and in brackets each.
+Accuracy along the way is that of the first {test_examples:,} test images, with running statistics and a state
+of zeros; at the end that of all. Steps to a target are those of the first of {evaluations} evaluations that
+reaches it: the lower median of the seeds, and in brackets each.
 """
 
 GRADIENTS = """\
-The gradient of the loss of a batch in the hidden state of each time step, through everything that follows; of
-the first {batch_size} training images, in training mode; medians of the seeds. With 1 at the last state, what is
-left at the first is how far the gradient reaches back. Curves end where it falls below 10⁻¹².
+The gradient of the loss of a batch in the hidden state of each time step, through everything that follows;
+of the first {batch_size} training images, in training mode; medians of the seeds. Curves are relative to the
+last state, so that their left end says how much of the gradient reaches back; below 10⁻¹² they end.
 """
 
 
@@ -60,9 +60,10 @@ def write_report(summary: Mapping[str, Any], out: Path, environment: Mapping[str
     sections.append(
         Section("Gradients through time", GRADIENTS.format(**settings), figures=gradients, tables=tables)
     )
-    rates = ", ".join(f"{rate:g}" for rate in settings["plain_rates"]) or "none"
+    rates = " and ".join(f"{rate:g}" for rate in settings["plain_rates"]) or "no other rate"
     intro = INTRO.format(**{**settings, "plain_rates": rates})
-    return write_page(Page("Recurrent batch normalization", intro, sections, environment), out / "report.html")
+    page = Page("Recurrent batch normalization", intro, sections, environment)
+    return write_page(page, out / "report.html")
 
 
 def claims(summary: Mapping[str, Any]) -> list[Claim]:
@@ -140,7 +141,7 @@ def _reaches_back(summary: Mapping[str, Any], task: str) -> Claim:
     )
     # Level is nearest to 1 on a logarithmic scale.
     nearest = all(_far(smallest) < _far(other) for other in others)
-    level = 0.1 <= min(smallest) and max(smallest) <= 10
+    level = min(smallest) >= 0.1 and max(smallest) <= 10
     return Claim(
         f"A small initial γ keeps gradients through time alive: {task}.",
         "γ of 0.1 does, gradients vanish with γ of 1",
@@ -195,22 +196,20 @@ def accuracy_table(summary: Mapping[str, Any], task: str) -> Table:
         ]
         milliseconds = 1000 * float(np.median(one["seconds"])) / one["steps"][-1]
         rows.append(
-            (shown_name(one, rates=False), f"{one['rate']:g}", _spread(one["best"]), _spread(one["final"]),
-             *cells, f"{milliseconds:.0f}")
-        )  # fmt: skip
+            (shown_name(one), _spread(one["best"]), _spread(one["final"]), *cells, f"{milliseconds:.0f}")
+        )
     targets = of_task["targets"]
     columns = (
         "network",
-        "rate",
         "best on the way, %",
         "at the end, %",
         f"steps to {targets['plain']:.1%}",
         f"steps to {targets['plain_at_best']:.1%}",
-        "ms of processor a step",
+        "ms a step",
     )
     caption = (
-        "Mean ± deviation of the seeds. The targets are the mean best of the plain LSTM at the common rate, and "
-        f"at its best, {of_task['best_rate']:g}. Times include evaluations."
+        "Mean ± deviation of the seeds. Targets: the mean best of the plain LSTM at the common rate, and at "
+        f"its best, {of_task['best_rate']:g}. A step's time is the processor's, with evaluations."
     )
     return Table(f"{task}: accuracy", columns, rows, caption)
 
@@ -222,10 +221,10 @@ def gradient_table(summary: Mapping[str, Any], task: str) -> Table:
         for index, point in enumerate(one["gradients"]):
             norms = point["norms"]
             rows.append(
-                (shown_name(one, rates=False), f"{one['rate']:g}", f"{point['step']:,}",
+                (shown_name(one), f"{point['step']:,}",
                  f"{np.median(point['loss']):.3g}", f"{norms[0]:.2g}", f"{norms[len(norms) // 2]:.2g}",
                  f"{norms[-1]:.2g}", _range(_ratios(one, index)))
             )  # fmt: skip
-    columns = ("network", "rate", "step", "loss", "first", "middle", "last", "first / last")
-    caption = "Norms of the gradient in h of the first, middle and last time step; range of the seeds' ratios."
+    columns = ("network", "step", "loss", "first", "middle", "last", "first / last")
+    caption = "Norms of the gradient in h of the first, middle and last step; range of the seeds' ratios."
     return Table(f"{task}: gradients through time", columns, rows, caption)

@@ -7,102 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from batchnorm.layers.base import _stay_whole
-from batchnorm.layers.stepwise import StepwiseBatchNorm, check_first_batch, placed
-
-LSTM_NORMS = {"ih": (4, False), "hh": (4, False), "c": (1, True)}
-"""Normalizations of an LSTM: features, in hidden sizes, and whether there is a β."""
-
-GRU_NORMS = {"ih": (3, False), "hh": (3, False)}
-"""The same of a GRU."""
-
-Norms = Mapping[str, StepwiseBatchNorm]
-
-
-def make_norms(
-    kinds: Mapping[str, tuple[int, bool]], hidden_size: int, max_length: int, **options: Any
-) -> dict[str, StepwiseBatchNorm]:
-    """The normalizations of one cell, by the ending of what they normalize."""
-    return {
-        kind: StepwiseBatchNorm(times * hidden_size, max_length, bias=bias, **options)
-        for kind, (times, bias) in kinds.items()
-    }
-
-
-def gate_biases(
-    weight: Tensor, bias_ih: Tensor | None, bias_hh: Tensor | None, *, joined: bool
-) -> tuple[Tensor, Tensor | None]:
-    """What is added to the normalized products of the input and of the state.
-
-    Args:
-        weight: Of a product, for shape, dtype and device.
-        bias_ih: Or ``None``.
-        bias_hh: Or ``None``.
-        joined: Whether both act at one place, as in an LSTM.
-    """
-    if bias_ih is None or bias_hh is None:
-        return weight.new_zeros(weight.shape[0]), None
-    return (bias_ih + bias_hh, None) if joined else (bias_ih, bias_hh)
-
-
-def lstm_step(
-    gates: Tensor,
-    state: tuple[Tensor, ...],
-    weight_hh: Tensor,
-    bias_hh: Tensor | None,
-    norms: Norms,
-    step: int,
-) -> tuple[Tensor, ...]:
-    """One step of an LSTM; the biases are in ``gates`` already.
-
-    Args:
-        gates: Normalized product of the input, with the biases, shape (N, 4 H): input gate,
-            forget gate, candidate, output gate, as torch orders them.
-        state: h and c, shape (N, H).
-        weight_hh: Shape (4 H, H).
-        bias_hh: Of no account: part of ``gates``.
-        norms: As of `LSTM_NORMS`.
-        step: The time step.
-
-    Returns:
-        The next h and c.
-    """
-    h, c = state
-    gates = norms["hh"](F.linear(h, weight_hh), step, gates)
-    i, f, g, o = gates.chunk(4, 1)
-    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-    return o.sigmoid() * norms["c"](c, step, activation="tanh"), c
-
-
-def gru_step(
-    gates: Tensor,
-    state: tuple[Tensor, ...],
-    weight_hh: Tensor,
-    bias_hh: Tensor | None,
-    norms: Norms,
-    step: int,
-) -> tuple[Tensor, ...]:
-    """One step of a GRU.
-
-    Args:
-        gates: Normalized product of the input, with its bias, shape (N, 3 H): reset gate, update
-            gate, candidate, as torch orders them.
-        state: h, shape (N, H).
-        weight_hh: Shape (3 H, H).
-        bias_hh: Shape (3 H,), or ``None``; that of the candidate is inside the reset gate's reach.
-        norms: As of `GRU_NORMS`.
-        step: The time step.
-
-    Returns:
-        The next h.
-    """
-    (h,) = state
-    product = F.linear(h, weight_hh)
-    bias = None if bias_hh is None else bias_hh.to(product.dtype).expand(product.shape)
-    r_x, z_x, n_x = gates.chunk(3, 1)
-    r_h, z_h, n_h = norms["hh"](product, step, bias).chunk(3, 1)
-    n = (n_x + (r_x + r_h).sigmoid() * n_h).tanh()
-    return (n + (z_x + z_h).sigmoid() * (h - n),)
+from batchnorm.layers.base import stay_whole
+from batchnorm.layers.recurrent.steps import (
+    GRU_NORMS,
+    LSTM_NORMS,
+    gate_biases,
+    gru_step,
+    lstm_step,
+    make_norms,
+)
+from batchnorm.layers.recurrent.stepwise import check_first_batch, placed
 
 
 class _Cell(nn.RNNCellBase):
@@ -190,7 +104,7 @@ class BatchNormLSTMCell(_Cell, nn.LSTMCell):
         nn.LSTMCell.__init__(self, input_size, hidden_size, bias, **factory)
         self._add_norms(max_length, {"eps": eps, "momentum": momentum, "gamma": gamma, **factory})
 
-    def forward(
+    def forward(  # type: ignore[override]  # the step has to be said
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None, *, step: int
     ) -> tuple[Tensor, Tensor]:
         """The next state.
@@ -208,7 +122,7 @@ class BatchNormLSTMCell(_Cell, nn.LSTMCell):
                 step 0.
         """
         if isinstance(input, torch.fx.Proxy):
-            return _stay_whole(self, input, hx=hx, step=step)
+            return stay_whole(self, input, hx=hx, step=step)
         with placed(self):
             h, c = self._advance(input, hx, step)
         return h, c
@@ -251,7 +165,9 @@ class BatchNormGRUCell(_Cell, nn.GRUCell):
         nn.GRUCell.__init__(self, input_size, hidden_size, bias, **factory)
         self._add_norms(max_length, {"eps": eps, "momentum": momentum, "gamma": gamma, **factory})
 
-    def forward(self, input: Tensor, hx: Tensor | None = None, *, step: int) -> Tensor:
+    def forward(  # type: ignore[override]  # the step has to be said
+        self, input: Tensor, hx: Tensor | None = None, *, step: int
+    ) -> Tensor:
         """The next state.
 
         Args:
@@ -266,7 +182,7 @@ class BatchNormGRUCell(_Cell, nn.GRUCell):
             ValueError: As `BatchNormLSTMCell`.
         """
         if isinstance(input, torch.fx.Proxy):
-            return _stay_whole(self, input, hx=hx, step=step)
+            return stay_whole(self, input, hx=hx, step=step)
         with placed(self):
             (h,) = self._advance(input, None if hx is None else (hx,), step)
         return h

@@ -93,8 +93,9 @@ def check_mask(mask: Tensor, expected: tuple[int, ...], *, time_dim: int) -> Non
         raise ValueError(
             f"mask must have the shape of the input without its features, {expected}, got {tuple(mask.shape)}"
         )
-    head, tail = mask.narrow(time_dim, 0, max(mask.shape[time_dim] - 1, 0)), mask.narrow(
-        time_dim, min(1, mask.shape[time_dim]), max(mask.shape[time_dim] - 1, 0)
+    head, tail = (
+        mask.narrow(time_dim, 0, max(mask.shape[time_dim] - 1, 0)),
+        mask.narrow(time_dim, min(1, mask.shape[time_dim]), max(mask.shape[time_dim] - 1, 0)),
     )
     if (tail & ~head).any():
         raise ValueError(

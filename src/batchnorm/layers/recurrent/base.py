@@ -1,4 +1,4 @@
-"""LSTM and GRU layers whose products are batch-normalized, with statistics of each time step."""
+"""What recurrent layers share: how sequences come in, go through, and come out."""
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -9,23 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from batchnorm.layers import sequences
-from batchnorm.layers.base import _stay_whole
-from batchnorm.layers.recurrent_cells import (
-    GRU_NORMS,
-    LSTM_NORMS,
-    gate_biases,
-    gru_step,
-    lstm_step,
-    make_norms,
-)
-from batchnorm.layers.sequences import Steps
-from batchnorm.layers.stepwise import StepwiseBatchNorm, check_first_batch, placed
+from batchnorm.layers.recurrent import sequences
+from batchnorm.layers.recurrent.sequences import Steps
+from batchnorm.layers.recurrent.steps import gate_biases, make_norms
+from batchnorm.layers.recurrent.stepwise import StepwiseBatchNorm, check_first_batch
 
 State = tuple[Tensor, ...]
 
 
-class _Recurrent(nn.RNNBase):
+class Recurrent(nn.RNNBase):
     """What both layers share: how sequences come in, go through, and come out."""
 
     kinds: Mapping[str, tuple[int, bool]]
@@ -48,8 +40,9 @@ class _Recurrent(nn.RNNBase):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        # By torch's own class, LSTM or GRU, which knows its mode.
-        super().__init__(
+        # To a type checker it is RNNBase's; in fact torch's LSTM or GRU comes between.
+        make: Any = super().__init__
+        make(
             input_size,
             hidden_size,
             num_layers=num_layers,
@@ -81,9 +74,10 @@ class _Recurrent(nn.RNNBase):
         for norm in self.children():
             norm.reset_parameters()
 
-    def _sequences(
+    def sequences(
         self, given: Tensor | PackedSequence, state: State | None, mask: Tensor | None, first_step: int
     ) -> tuple[Tensor | PackedSequence, State]:
+        """Outputs and final state of sequences in any form; arguments as of `BatchNormLSTM.forward`."""
         if first_step < 0:
             raise ValueError(f"first_step, the time step the input begins with, is 0 or more: {first_step}")
         if isinstance(given, PackedSequence):
@@ -197,129 +191,3 @@ class _Recurrent(nn.RNNBase):
 
 def _chosen(state: State, indices: Tensor | None) -> State:
     return state if indices is None else tuple(one.index_select(1, indices) for one in state)
-
-
-class BatchNormLSTM(_Recurrent, nn.LSTM):
-    """`torch.nn.LSTM` with batch-normalized products and cell state: statistics of each time step.
-
-    Of every gate, ``BN(W_ih x; γ_x) + BN(W_hh h; γ_h) + b``; the output is
-    ``σ(o) · tanh(BN(c; γ_c, β_c))``, while the cell state itself goes on as it is. Weights and biases
-    are named and laid out as torch's, so that either loads the other's with ``strict=False``.
-
-    Args:
-        input_size: Features of the input.
-        hidden_size: H.
-        max_length: Time steps with statistics of their own; later ones share the last's. Take the
-            length of the training sequences, or some hundred.
-        num_layers: Layers, one above the other.
-        bias: Whether the gates have biases.
-        batch_first: Whether tensors are (N, T, F), instead of (T, N, F).
-        dropout: Probability with which a feature between layers is dropped in training.
-        bidirectional: Whether a second LSTM goes through each sequence from its end; its time steps
-            count from there.
-        eps: Added to variances.
-        momentum: Weight of the newest batch in the running statistics; ``None`` averages all equally.
-        gamma: Initial γ: 1 would saturate the gates, and their gradients would vanish.
-        device: Of parameters and buffers.
-        dtype: Of parameters; running statistics stay in float32 or wider.
-
-    Raises:
-        ValueError: ``max_length`` is less than 1, ``gamma`` not positive, ``eps`` negative, or as of
-            `torch.nn.LSTM`. Projections (``proj_size``) do not exist here.
-
-    Source: Cooijmans et al. (2017), *Recurrent Batch Normalization*, arXiv 1603.09025, section 3.
-    """
-
-    kinds = LSTM_NORMS
-    step = staticmethod(lstm_step)
-
-    def forward(
-        self,
-        input: Tensor | PackedSequence,
-        hx: tuple[Tensor, Tensor] | None = None,
-        *,
-        mask: Tensor | None = None,
-        first_step: int = 0,
-    ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
-        """All hidden states of the last layer, and the final state.
-
-        In training every step is normalized by the sequences that are alive at it, in evaluation by
-        running statistics. Padding has no part in statistics, gradients and states; the final state
-        of a sequence is that of its own last step. A sequence of no steps keeps its initial state.
-
-        Args:
-            input: Shape (T, N, F), or (N, T, F) with ``batch_first``; (T, F) is one sequence; or a
-                `torch.nn.utils.rnn.PackedSequence`.
-            hx: h and c, shape (layers · directions, N, H) each, or without N for one sequence; zeros
-                when ``None``.
-            mask: Boolean, the shape of a padded ``input`` without its features; true for the steps of
-                a sequence, false after its end.
-            first_step: The time step that the input begins with, where a sequence goes on: whose
-                statistics are used.
-
-        Returns:
-            The outputs, as ``input`` came, (…, directions · H), zeros where ``mask`` is false; and
-            h and c, as ``hx``.
-
-        Raises:
-            ValueError: A shape does not fit, ``mask`` is true again after it was false, or one
-                sequence alone in training.
-            TypeError: ``input`` is not floating point.
-        """
-        if isinstance(input, torch.fx.Proxy):
-            return _stay_whole(self, input, hx=hx, mask=mask, first_step=first_step)
-        with placed(self):
-            output, (h, c) = self._sequences(input, hx, mask, first_step)
-        return output, (h, c)
-
-
-class BatchNormGRU(_Recurrent, nn.GRU):
-    """`torch.nn.GRU` with batch-normalized products: statistics of each time step.
-
-    Reset and update gate are ``σ(BN(W_ih x; γ_x) + b_ih + BN(W_hh h; γ_h) + b_hh)``, the candidate is
-    ``tanh(BN(W_in x; γ_x) + b_in + r · (BN(W_hn h; γ_h) + b_hn))``. The state, a mean of states and
-    candidates that stays between −1 and 1, goes on and out as it is. Weights and biases are named and
-    laid out as torch's, so that either loads the other's with ``strict=False``.
-
-    Args:
-        input_size: Features of the input.
-        hidden_size: H.
-        max_length: As of `BatchNormLSTM`; so are the others.
-
-    Raises:
-        ValueError: As of `BatchNormLSTM`.
-
-    Source: Cooijmans et al. (2017), whose rule for products this transfers to the GRU; Ba, Kiros &
-    Hinton (2016), *Layer Normalization*, place theirs so.
-    """
-
-    kinds = GRU_NORMS
-    step = staticmethod(gru_step)
-
-    def forward(
-        self,
-        input: Tensor | PackedSequence,
-        hx: Tensor | None = None,
-        *,
-        mask: Tensor | None = None,
-        first_step: int = 0,
-    ) -> tuple[Tensor | PackedSequence, Tensor]:
-        """All hidden states of the last layer, and the final state.
-
-        Args:
-            input: As in `BatchNormLSTM.forward`.
-            hx: h, shape (layers · directions, N, H), or without N for one sequence; zeros when ``None``.
-            mask: As in `BatchNormLSTM.forward`; so is ``first_step``.
-
-        Returns:
-            The outputs, as ``input`` came, (…, directions · H), zeros where ``mask`` is false; and
-            h, as ``hx``.
-
-        Raises:
-            ValueError: As `BatchNormLSTM.forward`; so does ``TypeError``.
-        """
-        if isinstance(input, torch.fx.Proxy):
-            return _stay_whole(self, input, hx=hx, mask=mask, first_step=first_step)
-        with placed(self):
-            output, (h,) = self._sequences(input, None if hx is None else (hx,), mask, first_step)
-        return output, h
