@@ -10,6 +10,7 @@ from batchnorm.cli.reproduce import CLAIMS
 TINY = {
     "divergence": "--rates 1 --steps 3 --bias-steps 2 --bias-examples 20 --activations relu",
     "invariance": "--rates 0.5 --init-stds 0.1 --steps 3 --prior-steps 2 --examples 4 --decades 1",
+    "recurrent": "--row-steps 2 --pixel-steps 2 --pixel-side 2 --evaluations 1 --hidden-size 4 --gammas 0.1",
     "jacobian": "--init-stds 0.1 --steps 2 --deep-steps 2 --depth 3 --whole-batch 3 --activations relu",
     "regularization": "--dropouts 0 0.5 --batch-sizes 4 8 --rates 0.1 --examples 16 --held-out 8 --epochs 1",
 }

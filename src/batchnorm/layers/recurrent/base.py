@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from batchnorm.layers.recurrent import sequences
 from batchnorm.layers.recurrent.sequences import Steps
-from batchnorm.layers.recurrent.steps import gate_biases, make_norms
+from batchnorm.layers.recurrent.steps import Norms, gate_biases, make_norms
 from batchnorm.layers.recurrent.stepwise import StepwiseBatchNorm, check_first_batch
 
 State = tuple[Tensor, ...]
@@ -40,16 +40,16 @@ class Recurrent(nn.RNNBase):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        # To a type checker it is RNNBase's; in fact torch's LSTM or GRU comes between.
-        make: Any = super().__init__
-        make(
+        # Not a subclass of torch's LSTM or GRU, which torch.compile refuses to look into.
+        super().__init__(
+            "LSTM" if "c" in self.kinds else "GRU",
             input_size,
             hidden_size,
-            num_layers=num_layers,
-            bias=bias,
-            batch_first=batch_first,
-            dropout=dropout,
-            bidirectional=bidirectional,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
             device=device,
             dtype=dtype,
         )
@@ -139,28 +139,33 @@ class Recurrent(nn.RNNBase):
     ) -> tuple[Tensor, State]:
         """One direction of one layer: the input's product at once, the state's step by step."""
         norms: dict[str, StepwiseBatchNorm] = {k: getattr(self, f"norm_{k}{suffix}") for k in self.kinds}
+        with ExitStack() as stack:
+            if first_step + len(sizes) > self.max_length:
+                for norm in norms.values():
+                    stack.enter_context(norm.together(first_step + len(sizes)))
+            return self._loop(data, sizes, state, suffix, first_step, norms)
+
+    def _loop(
+        self, data: Tensor, sizes: list[int], state: State, suffix: str, first_step: int, norms: Norms
+    ) -> tuple[Tensor, State]:
         weight_ih, weight_hh = (getattr(self, f"weight_{kind}{suffix}") for kind in ("ih", "hh"))
         biases = [getattr(self, f"bias_{kind}{suffix}") if self.bias else None for kind in ("ih", "hh")]
         bias, bias_hh = gate_biases(weight_ih, biases[0], biases[1], joined="c" in self.kinds)
         products = F.linear(data, weight_ih)
         bias = bias.to(products.dtype)
-        outputs, finished = [], []
-        with ExitStack() as stack:
-            for norm in norms.values():
-                stack.enter_context(norm.together(first_step + len(sizes)))
-            # Those of no steps at all never begin.
-            alive = sizes[0] if sizes else 0
-            finished.append(tuple(one[alive:] for one in state))
-            state = tuple(one[:alive] for one in state)
-            for step, product in enumerate(products.split(sizes), first_step):
-                if product.shape[0] < alive:
-                    alive = product.shape[0]
-                    finished.append(tuple(one[alive:] for one in state))
-                    state = tuple(one[:alive] for one in state)
-                # Step by step: while a step's product is in the cache, its normalization is nearly free.
-                gates = norms["ih"](product, step, bias.expand(product.shape))
-                state = type(self).step(gates, state, weight_hh, bias_hh, norms, step)
-                outputs.append(state[0])
+        # Those of no steps at all never begin.
+        alive = sizes[0] if sizes else 0
+        finished, outputs = [tuple(one[alive:] for one in state)], []
+        state = tuple(one[:alive] for one in state)
+        for step, product in enumerate(products.split(sizes), first_step):
+            if product.shape[0] < alive:
+                alive = product.shape[0]
+                finished.append(tuple(one[alive:] for one in state))
+                state = tuple(one[:alive] for one in state)
+            # Step by step: while a step's product is in the cache, its normalization is nearly free.
+            gates = norms["ih"](product, step, bias.expand(product.shape))
+            state = type(self).step(gates, state, weight_hh, bias_hh, norms, step)
+            outputs.append(state[0])
         finished.append(state)
         # The longest finish last and come first.
         state = tuple(torch.cat(parts) for parts in zip(*reversed(finished), strict=True))

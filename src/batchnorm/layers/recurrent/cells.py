@@ -123,8 +123,10 @@ class BatchNormLSTMCell(_Cell, nn.LSTMCell):
         """
         if isinstance(input, torch.fx.Proxy):
             return stay_whole(self, input, hx=hx, step=step)
-        with placed(self):
+        try:
             h, c = self._advance(input, hx, step)
+        except (ValueError, TypeError) as error:
+            raise placed(self, error) from None
         return h, c
 
 
@@ -183,6 +185,8 @@ class BatchNormGRUCell(_Cell, nn.GRUCell):
         """
         if isinstance(input, torch.fx.Proxy):
             return stay_whole(self, input, hx=hx, step=step)
-        with placed(self):
+        try:
             (h,) = self._advance(input, None if hx is None else (hx,), step)
+        except (ValueError, TypeError) as error:
+            raise placed(self, error) from None
         return h

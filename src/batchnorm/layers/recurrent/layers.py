@@ -3,7 +3,7 @@
 from typing import overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from batchnorm.layers.base import stay_whole
@@ -12,7 +12,7 @@ from batchnorm.layers.recurrent.steps import GRU_NORMS, LSTM_NORMS, gru_step, ls
 from batchnorm.layers.recurrent.stepwise import placed
 
 
-class BatchNormLSTM(Recurrent, nn.LSTM):
+class BatchNormLSTM(Recurrent):
     """`torch.nn.LSTM` with batch-normalized products and cell state: statistics of each time step.
 
     Of every gate, ``BN(W_ih x; γ_x) + BN(W_hh h; γ_h) + b``; the output is
@@ -96,12 +96,14 @@ class BatchNormLSTM(Recurrent, nn.LSTM):
         """
         if isinstance(input, torch.fx.Proxy):
             return stay_whole(self, input, hx=hx, mask=mask, first_step=first_step)
-        with placed(self):
+        try:
             output, (h, c) = self.sequences(input, hx, mask, first_step)
+        except (ValueError, TypeError) as error:
+            raise placed(self, error) from None
         return output, (h, c)
 
 
-class BatchNormGRU(Recurrent, nn.GRU):
+class BatchNormGRU(Recurrent):
     """`torch.nn.GRU` with batch-normalized products: statistics of each time step.
 
     Reset and update gate are ``σ(BN(W_ih x; γ_x) + b_ih + BN(W_hh h; γ_h) + b_hh)``, the candidate is
@@ -158,6 +160,8 @@ class BatchNormGRU(Recurrent, nn.GRU):
         """
         if isinstance(input, torch.fx.Proxy):
             return stay_whole(self, input, hx=hx, mask=mask, first_step=first_step)
-        with placed(self):
+        try:
             output, (h,) = self.sequences(input, None if hx is None else (hx,), mask, first_step)
+        except (ValueError, TypeError) as error:
+            raise placed(self, error) from None
         return output, h

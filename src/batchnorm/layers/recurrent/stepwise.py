@@ -206,12 +206,6 @@ def check_first_batch(module: nn.Module, num_sequences: int, first_step: int) ->
             )
 
 
-@contextmanager
-def placed(module: nn.Module) -> Iterator[None]:
-    """Errors within name the module's path."""
-    try:
-        yield
-    except (ValueError, TypeError) as error:
-        if torch.compiler.is_compiling():
-            raise
-        raise type(error)(f"{where(module)}: {error}") from None
+def placed(module: nn.Module, error: Exception) -> Exception:
+    """The error with the module's path in it, but for compiled code, which cannot look for it."""
+    return error if torch.compiler.is_compiling() else type(error)(f"{where(module)}: {error}")

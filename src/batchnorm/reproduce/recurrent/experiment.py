@@ -30,7 +30,7 @@ class Recurrent:
     """Number of seeds; each has its own initial weights, order of examples and noise."""
     tasks: tuple[str, ...] = TASKS
     """How images are read: rows (a row is a time step), pixels (a pixel is)."""
-    pixel_side: int = 14
+    pixel_side: int = 7
     """For pixels, images are averaged down to at most this many rows and columns; a divisor of theirs."""
     hidden_size: int = 100
     """Units of the LSTM."""

@@ -28,7 +28,7 @@ class Reader(nn.Module):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.lstm: nn.LSTM = (
+            self.lstm: nn.RNNBase = (
                 nn.LSTM(in_features, hidden_size)
                 if gamma is None
                 else BatchNormLSTM(in_features, hidden_size, length, gamma=gamma)
