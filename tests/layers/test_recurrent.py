@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 import batchnorm as bn
+from batchnorm import kernels
 from batchnorm.layers import StepwiseBatchNorm
 
 F, H, EPS, MOMENTUM = 3, 4, 1e-3, 0.3
@@ -361,7 +362,8 @@ def test_float32_is_as_exact_as_plain_operations(kind, mean):
 def test_bfloat16_layers_keep_statistics_in_float32():
     layer = made("lstm", 3, dtype=torch.float32).bfloat16()
     before = layer.norm_c_l0.steps[0].running_var.clone()
-    out, (h, c) = layer(torch.randn(4, 5, F, dtype=torch.bfloat16))
+    with kernels.use("torch"):  # which nothing has to be built for
+        out, (h, c) = layer(torch.randn(4, 5, F, dtype=torch.bfloat16))
     assert out.dtype == h.dtype == c.dtype == layer.norm_c_l0.weight.dtype == torch.bfloat16
     out.backward(torch.randn_like(out))
     assert layer.norm_hh_l0.weight.grad.isfinite().all()
@@ -404,9 +406,10 @@ def test_compiled_as_one_graph(kind, training, backend):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-@both
-def test_compiled_sequences_longer_than_the_statistics_and_masks(kind):
-    layer = made(kind, 2, dtype=torch.float32)
+# torch's own, where it takes up a graph after a break.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_sequences_longer_than_the_statistics_and_masks():
+    layer = made("gru", 2, dtype=torch.float32)
     other = copy.deepcopy(layer)
     x = torch.randn(3, 4, F)
     mask = as_mask([3, 3, 2, 1], 3).t()
