@@ -67,7 +67,8 @@ def by_ghosts(
     """`ghost_batch_norm`, with the moments of its ghosts: one entry for ghosts of one size, shape (G, C)."""
     check_ghost_size(ghost_size)
     check_arguments(x, weight, bias, eps, activation, residual, mask, channel_dim)
-    num, num_ghosts = x.shape[0], max(x.shape[0] // ghost_size, 1)
+    num = x.shape[0]
+    num_ghosts = max(num // ghost_size, 1) if x.numel() else 1
     if num_ghosts == 1:
         given = {"activation": activation, "residual": residual, "mask": mask, "channel_dim": channel_dim}
         y, whole = batch_norm(x, weight, bias, eps=eps, **given)

@@ -1,6 +1,6 @@
 """What every kernel offers, so that dispatch can put one in another's place.
 
-A kernel is a module with the five functions of `Kernel`. All tensors are plain (no autograd
+A kernel is a module with the six functions of `Kernel`. All tensors are plain (no autograd
 graph is recorded through a kernel), on one device, and in canonical shape: ``x`` is
 (N, C, *spatial) with N·S ≥ 1 samples per channel, in any memory layout; vectors are (C,).
 """
@@ -54,6 +54,10 @@ class Kernel(Protocol):
 
         Their count is an ``int``, or with a mask an int64 tensor of shape () on x's device.
         """
+        ...
+
+    def moments(self, x: Tensor, mask: Tensor | None) -> Moments:
+        """The moments that `forward` gives, and nothing else."""
         ...
 
     def backward(

@@ -16,7 +16,7 @@ from torch import Tensor
 from batchnorm.kernels.contract import Gradients
 from batchnorm.kernels.cpu_build import Spec, compiled
 from batchnorm.kernels.cpu_plan import KINDS, LINE, Plan, pitch, plan
-from batchnorm.kernels.cpu_threads import PACK, Compiled, num_threads, run
+from batchnorm.kernels.cpu_threads import APPLY, MERGE, PACK, PARTIAL, PREPARE, Compiled, num_threads, run
 from batchnorm.kernels.heap import is_kept
 from batchnorm.moments import Moments
 
@@ -79,6 +79,18 @@ def forward(
     count = None if mask is None else x.new_empty((), dtype=torch.int64)
     y = _transform(chosen, x, mean, var, count, gamma, beta, residual, mask, eps)
     return y, Moments(mean, var, x.numel() // C if count is None else count)
+
+
+def moments(x: Tensor, mask: Tensor | None) -> Moments:
+    """See `contract.Kernel.moments`: the phases of `forward` that come before its results."""
+    chosen = _plan("forward", x, "identity", False, mask is not None)
+    if chosen is None:
+        return moments(x.contiguous(), mask)
+    C, wide = chosen.num_channels, chosen.wide
+    mean, var = x.new_empty(C, dtype=wide), x.new_empty(C, dtype=wide)
+    count = None if mask is None else x.new_empty((), dtype=torch.int64)
+    _transform(chosen, x, mean, var, count, None, None, None, mask, 0.0, PARTIAL | MERGE)
+    return Moments(mean, var, x.numel() // C if count is None else count)
 
 
 def apply(
@@ -193,15 +205,19 @@ def _transform(
     residual: Tensor | None,
     mask: Tensor | None,
     eps: float,
+    phases: int = PARTIAL | MERGE | PREPARE | APPLY,
 ) -> Tensor:
     kernel, steps, sizes, _, wide, num_scratch, streams = chosen
     residual, mask = _like(residual, x), None if mask is None else mask.contiguous()
     gamma, beta = _vector(gamma, wide), _vector(beta, wide)
-    y, scratch = torch.empty_like(x), x.new_empty(num_scratch, dtype=torch.float64)
+    y = torch.empty_like(x) if phases & APPLY else x.new_empty(0)
+    scratch = x.new_empty(num_scratch, dtype=torch.float64)
     streams = streams and is_kept() and y.data_ptr() % LINE == 0
-    for phases, threads in steps:
+    for planned, threads in steps:
+        if not planned & phases:
+            continue
         block = PACK(
-            phases, *sizes, streams, 0, x.data_ptr(), y.data_ptr(), _at(residual), _at(mask),
+            planned & phases, *sizes, streams, 0, x.data_ptr(), y.data_ptr(), _at(residual), _at(mask),
             _at(gamma), _at(beta), mean.data_ptr(), var.data_ptr(), _at(count), scratch.data_ptr(),
             eps, 0.0, 0, 0, 0, 0, 0, 0, 0, 0,
         )  # fmt: skip

@@ -91,6 +91,11 @@ def backward(
     return _backward(dy, x, y, gamma, beta, residual, mask, count, moments.mean, moments.var, eps, activation)
 
 
+def moments(x: Tensor, mask: Tensor | None) -> Moments:
+    """See `contract.Kernel.moments`; by plain operations."""
+    return Moments.of(x, mask=mask)
+
+
 def apply(
     x: Tensor,
     mean: Tensor,

@@ -43,6 +43,11 @@ def forward(
     return _finish(y, residual, activation), Moments(mean, unbiased * ((count - 1) / count), count)
 
 
+def moments(x: Tensor, mask: Tensor | None) -> Moments:
+    """See `contract.Kernel.moments`; by plain operations."""
+    return Moments.of(x, mask=mask)
+
+
 def apply(
     x: Tensor,
     mean: Tensor,

@@ -69,6 +69,11 @@ def forward(
     return apply(x, mean, var, gamma, beta, residual, mask, eps, activation), moments
 
 
+def moments(x: Tensor, mask: Tensor | None) -> Moments:
+    """The biased moments of this batch, in float32 or wider."""
+    return Moments.of(x, mask=mask)
+
+
 def apply(
     x: Tensor,
     mean: Tensor,

@@ -25,6 +25,13 @@ from batchnorm.layers.recurrent import (
     BatchNormLSTM,
     BatchNormLSTMCell,
     StepwiseBatchNorm,
+from batchnorm.layers.ramp import Ramp
+from batchnorm.layers.renorm import (
+    BatchRenorm1d,
+    BatchRenorm2d,
+    BatchRenorm3d,
+    BatchRenormPerActivation,
+    Renorm,
 )
 from batchnorm.layers.synced import (
     Synced,
@@ -49,6 +56,10 @@ __all__ = [
     "BatchNormLSTM",
     "BatchNormLSTMCell",
     "BatchNormPerActivation",
+    "BatchRenorm1d",
+    "BatchRenorm2d",
+    "BatchRenorm3d",
+    "BatchRenormPerActivation",
     "EvalNorm",
     "EvalNorm1d",
     "EvalNorm2d",
@@ -62,6 +73,8 @@ __all__ = [
     "Joined",
     "Normalization",
     "StepwiseBatchNorm",
+    "Ramp",
+    "Renorm",
     "Synced",
     "SyncedBatchNorm1d",
     "SyncedBatchNorm2d",

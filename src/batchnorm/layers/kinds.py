@@ -7,6 +7,7 @@ from batchnorm.layers.accumulated import ACCUMULATED, Accumulated
 from batchnorm.layers.base import Normalization
 from batchnorm.layers.evalnorm import EVALNORM, EvalNorm
 from batchnorm.layers.ghost import GHOSTS, Ghost
+from batchnorm.layers.renorm import RENORMS, Renorm
 from batchnorm.layers.synced import SYNCED, Synced
 from batchnorm.layers.variation import Variation, plain_again, vary
 from batchnorm.layers.whitened import WHITENED, Whitened
@@ -17,6 +18,7 @@ VARIATIONS: dict[type[Variation], Mapping[type[Normalization], type[Variation]]]
     Accumulated: ACCUMULATED,
     EvalNorm: EVALNORM,
     Whitened: WHITENED,
+    Renorm: RENORMS,
 }
 """For each kind that is not plain, its class for each of the plain ones that it knows."""
 

@@ -1,14 +1,16 @@
 """The kinds of normalization that are a plain layer of ours with something else: one short entry for each."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
 from torch import nn
 
 from batchnorm import distributed
-from batchnorm.layers import Accumulated, EvalNorm, Ghost, Normalization, Synced, Whitened
+from batchnorm.layers import Accumulated, EvalNorm, Ghost, Normalization, Renorm, Synced, Whitened
 from batchnorm.layers.evalnorm import weight_of
 from batchnorm.layers.kinds import become, can_become
+from batchnorm.layers.renorm import D_MAX, R_MAX, Limit
 from batchnorm.layers.variation import Variation
 from batchnorm.surgery.kind import Calls, Kind, general_obstacle
 from batchnorm.surgery.kind_plain import make_plain
@@ -34,6 +36,17 @@ def whitened(*, group_channels: int = 16, iterations: int = 5) -> Kind:
     return _variation(Whitened, group_channels=group_channels, iterations=iterations)
 
 
+def renorm(*, r_max: Limit = R_MAX, d_max: Limit = D_MAX) -> Kind:
+    """Our layers, corrected towards the running statistics; limits are numbers or functions of the step."""
+
+    def obstacle(layer: nn.Module, calls: Calls) -> str:
+        if layer.running_mean is None:
+            return "it keeps no running statistics (track_running_stats=False) to correct a batch towards"
+        return ""
+
+    return _variation(Renorm, obstacle, r_max=r_max, d_max=d_max)
+
+
 def synced(*, group: dist.ProcessGroup | None = None, group_size: int | None = None) -> Kind:
     """Our layers, by the batch of all ranks of ``group``, or of ``group_size`` consecutive ones."""
     name = distributed.name_of(group, group_size)
@@ -55,8 +68,15 @@ def synced(*, group: dist.ProcessGroup | None = None, group_size: int | None = N
     return Kind(is_one, general_obstacle, change, carries_activations=True)
 
 
-def _variation(kind: type[Variation], **settings: Any) -> Kind:
+def _variation(
+    kind: type[Variation], obstacle: Callable[[nn.Module, Calls], str] = lambda *_: "", **settings: Any
+) -> Kind:
     """A kind of layers whose options are their settings.
+
+    Args:
+        kind: The mixin.
+        obstacle: Why a layer cannot be one, beside what forbids any conversion; empty if it can.
+        settings: All that it has.
 
     Raises:
         ValueError: The settings make no sense.
@@ -71,12 +91,12 @@ def _variation(kind: type[Variation], **settings: Any) -> Kind:
         now = become(layer, kind, **settings)
         return f"now batchnorm.{type(now).__name__}, {now.described}{remark}"
 
-    def obstacle(layer: nn.Module, calls: Calls) -> str:
+    def any_obstacle(layer: nn.Module, calls: Calls) -> str:
         if isinstance(layer, Normalization) and not can_become(layer, kind):
             return f"single activations are not of this kind: there is no such {type(layer).__name__}"
-        return general_obstacle(layer, calls)
+        return general_obstacle(layer, calls) or obstacle(layer, calls)
 
-    return Kind(is_one, obstacle, change, carries_activations=True)
+    return Kind(is_one, any_obstacle, change, carries_activations=True)
 
 
 def name_places(model: nn.Module) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from batchnorm.surgery.kind import Kind
 from batchnorm.surgery.kind_plain import plain
 from batchnorm.surgery.kind_torch import torchs
-from batchnorm.surgery.kind_variation import accumulated, evalnorm, ghost, synced, whitened
+from batchnorm.surgery.kind_variation import accumulated, evalnorm, ghost, renorm, synced, whitened
 
 KINDS: Mapping[str, Callable[..., Kind]] = {
     "plain": plain,
@@ -17,6 +17,7 @@ KINDS: Mapping[str, Callable[..., Kind]] = {
     "accumulated": accumulated,
     "evalnorm": evalnorm,
     "whitened": whitened,
+    "renorm": renorm,
 }
 """By the name that ``to=`` takes: what makes the kind, of keyword arguments that are its options."""
 
