@@ -19,13 +19,14 @@ from batchnorm.layers.ghost import (
     GhostBatchNormPerActivation,
 )
 from batchnorm.layers.joined import Joined
+from batchnorm.layers.ramp import Ramp
 from batchnorm.layers.recurrent import (
     BatchNormGRU,
     BatchNormGRUCell,
     BatchNormLSTM,
     BatchNormLSTMCell,
     StepwiseBatchNorm,
-from batchnorm.layers.ramp import Ramp
+)
 from batchnorm.layers.renorm import (
     BatchRenorm1d,
     BatchRenorm2d,
@@ -72,9 +73,9 @@ __all__ = [
     "GhostBatchNormPerActivation",
     "Joined",
     "Normalization",
-    "StepwiseBatchNorm",
     "Ramp",
     "Renorm",
+    "StepwiseBatchNorm",
     "Synced",
     "SyncedBatchNorm1d",
     "SyncedBatchNorm2d",
