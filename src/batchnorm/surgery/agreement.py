@@ -86,7 +86,7 @@ def compare(
         except ValueError as error:
             raise RuntimeError(f"in {mode} the new model fails where the original runs: {error}") from error
         if mode in but_not_in:
-            remarks.append(f"not compared in {mode}, where layers differ by intent; both models run")
+            remarks.append(f"not compared in {mode}, where they differ by intent; both models run")
             continue
         # Buffers that only a rewritten forward has are constants of its graph; and what was a buffer,
         # of a layer that learns nothing, may be a parameter now.

@@ -10,7 +10,7 @@ from batchnorm import distributed
 from batchnorm.layers import Normalization
 from batchnorm.layers.variation import Variation
 from batchnorm.surgery import patterns
-from batchnorm.surgery.agreement import MODES, Agreement, compare
+from batchnorm.surgery.agreement import Agreement, compare
 from batchnorm.surgery.kind import Calls, Kind, is_normalization
 from batchnorm.surgery.kind_variation import name_places
 from batchnorm.surgery.kinds import kind_named
@@ -131,16 +131,17 @@ def _report(
 ) -> TwinReport:
     agreement: list[Agreement] = []
     notes: list[Note] = []
+    reasons = list(dict.fromkeys(pair for _, differs in intended for pair in differs.items()))
+    for mode, what in reasons:
+        num = len({path for path, differs in intended if differs.get(mode) == what})
+        layers = "1 layer differs" if num == 1 else f"{num} layers differ"
+        notes.append(Note("", f"{layers} in {mode} by intent: {what}"))
     if args is not None and changes:
-        differing = [mode for mode in MODES if any(mode in differs for _, differs in intended)]
-        agreement, remarks = compare(model, new, args, but_not_in=differing)
-        notes = [Note("", remark) for remark in remarks]
-        for mode in differing:
-            places = {path: differs[mode] for path, differs in intended if mode in differs}
-            notes += [Note(path, f"differs in {mode} by intent: {what}") for path, what in places.items()]
+        agreement, remarks = compare(model, new, args, but_not_in={mode for mode, _ in reasons})
+        notes += [Note("", remark) for remark in remarks]
         check_agreement(agreement, "converted", "except it with except_=, and please report the model")
     elif changes:
-        notes = [Note("", "not compared with the original: no example was given")]
+        notes.append(Note("", "not compared with the original: no example was given"))
     return TwinReport(
         tuple(changes),
         tuple(refusals),

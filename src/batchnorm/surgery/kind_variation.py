@@ -53,6 +53,7 @@ def synced(*, group: dist.ProcessGroup | None = None, group_size: int | None = N
 
     def change(layer: nn.Module, calls: Calls) -> str:
         chosen, own_group = name, getattr(layer, "process_group", None)
+        remark = layer.ended if isinstance(layer, Variation) and not isinstance(layer, Synced) else ""
         make_plain(layer, calls)
         # The group that a SyncBatchNorm brings, where none was asked for.
         if name == distributed.WORLD and own_group is not None:
@@ -60,7 +61,7 @@ def synced(*, group: dist.ProcessGroup | None = None, group_size: int | None = N
         num = distributed.num_ranks(chosen)
         layer = become(layer, Synced, group_name=chosen, place="")
         over = f"over {num} ranks" if num > 1 else "over the ranks that there will be: here is one"
-        return f"now batchnorm.{type(layer).__name__}, {over}"
+        return f"now batchnorm.{type(layer).__name__}, {over}{remark}"
 
     def is_one(layer: nn.Module) -> bool:
         return isinstance(layer, Synced) and layer.group_name == name
@@ -87,9 +88,10 @@ def _variation(
         return isinstance(layer, kind) and all(getattr(layer, n) == value for n, value in settings.items())
 
     def change(layer: Any, calls: Calls) -> str:
+        was_one = isinstance(layer, kind)
         remark = make_plain(layer, calls)
         now = become(layer, kind, **settings)
-        return f"now batchnorm.{type(now).__name__}, {now.described}{remark}"
+        return f"now batchnorm.{type(now).__name__}, {now.described}{'' if was_one else remark}"
 
     def any_obstacle(layer: nn.Module, calls: Calls) -> str:
         if isinstance(layer, Normalization) and not can_become(layer, kind):
