@@ -10,7 +10,7 @@ from typing import Any, Literal
 import tyro
 from rich.console import Console
 
-from batchnorm.bench import adapt, clusters, fold, memory, ranks, step, watch
+from batchnorm.bench import adapt, clusters, fold, kinds, memory, ranks, step, watch
 from batchnorm.bench.networks import NETWORKS, Network
 from batchnorm.bench.results import append, default_path, occasions, picture
 from batchnorm.bench.shapes import SMALL_AND_ODD, inception_shapes, resnet50_shapes
@@ -24,6 +24,7 @@ Side-by-side figures on this machine: medians over rounds in which all contender
   kernels   BN + addition + ReLU, forward and backward, layer by layer
   step      a whole training step of BN-Inception
   memory    what a training step holds in memory
+  kinds     every kind of normalization alone: ghost, renorm and others beside the plain one
   fold      inference with and without fold, eager and compiled
   loader    images a second from JPEG files, on one core
   watch     what a recorder adds to training, at its defaults
@@ -163,6 +164,25 @@ class Export(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Kinds(Common):
+    """Ghosts, a loop over them, renormalization and torch.nn's layer beside the plain one, in training."""
+
+    shapes: tuple[tuple[int, int, int, int], ...] = kinds.SHAPES
+    """Inputs, N C H W for each, float32."""
+    ghost_size: int = 32
+    """Examples in a virtual batch."""
+    layouts: tuple[Literal["contiguous", "channels_last"], ...] = ("contiguous", "channels_last")
+    """Memory formats."""
+    rounds: int = 21
+    """Samples of each contender."""
+    memory: tuple[MemorySetting, ...] = ("default", "kept")
+    """Where the CPU's memory comes from: the C library as it is, huge pages (THP_MEM_ALLOC_ENABLE),
+    or freed memory kept for reuse, as `accelerate` has it. Each in a process of its own."""
+    threads: int = 1
+    """PyTorch's threads; 0 leaves its own choice."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Adapt(Common):
     """Adaptation by each method, and inference with an alarm, beside plain inference on the same batches."""
 
@@ -212,6 +232,7 @@ KINDS: dict[str, type[Common | Scaling]] = {
     "kernels": Kernels,
     "step": Step,
     "memory": Memory,
+    "kinds": Kinds,
     "fold": Fold,
     "loader": Loader,
     "watch": Watch,
@@ -372,6 +393,15 @@ def _measure_export(options: Export) -> list[dict[str, Any]]:
     ]
 
 
+def _kinds(options: Any, path: Path, console: Console) -> None:
+    names = ("shapes", "ghost_size", "layouts", "memory", "rounds", "threads")
+    with Console(stderr=True).status("kinds") as status:
+        found = kinds.measure(**{n: getattr(options, n) for n in names}, progress=status.update)
+    append(path, "kinds", found, threads=options.threads, rounds=options.rounds)
+    for table in TABLES["kinds"](found):
+        console.print(table)
+
+
 def _adapt(options: Any, path: Path, console: Console) -> None:
     arguments = {n: getattr(options, n) for n in ("networks", "batch", "batches", "rounds", "threads")}
     with Console(stderr=True).status("adapt") as status:
@@ -394,6 +424,7 @@ MEASURES: dict[str, Callable[[Any, Path, Console], None]] = {
     "kernels": _kernels,
     "step": _step,
     "memory": _memory,
+    "kinds": _kinds,
     "fold": _fold,
     "loader": _loader,
     "watch": _watch,

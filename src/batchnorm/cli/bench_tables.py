@@ -116,6 +116,20 @@ def _export_tables(found: Sequence[Mapping[str, Any]]) -> list[Table]:
     return [answers, speed]
 
 
+def _kinds_tables(found: Sequence[Mapping[str, Any]]) -> list[Table]:
+    tables = []
+    for row in found:
+        shape = "×".join(map(str, row["shape"]))
+        title = f"{shape}, {row['layout']}, ghosts of {row['ghost_size']}, memory: {row['memory']}"
+        table = Table("", "milliseconds", "over plain", "over plain (CPU)", title=title)
+        for name, ms in row["ms"].items():
+            ratios = (_quartiles(row[clock][name], "{:.2f}") for clock in ("ratio", "ratio_cpu"))
+            table.add_row(name, _quartiles(ms, "{:.2f}"), *ratios)
+        table.caption = "forward and backward; medians over rounds, in brackets quartiles"
+        tables.append(table)
+    return tables
+
+
 def _adapt_tables(found: Sequence[Mapping[str, Any]]) -> list[Table]:
     tables = []
     for network in found:
@@ -189,6 +203,7 @@ TABLES: dict[str, Callable[[Any], list[Table]]] = {
     "kernels": _kernel_tables,
     "step": _step_tables,
     "memory": _memory_tables,
+    "kinds": _kinds_tables,
     "fold": _fold_tables,
     "loader": _loader_tables,
     "watch": _watch_tables,
