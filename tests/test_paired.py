@@ -63,6 +63,9 @@ def test_pairs_needed_tell_the_mean_apart_and_fewer_do_not():
     assert student_t(needed - 1, 0.95) / math.sqrt(needed) < 1.0
     assert student_t(needed - 2, 0.95) / math.sqrt(needed - 1) >= 1.0
     assert needed == 7
+    many = Paired((-1.0, 1.2))
+    assert student_t(many.pairs_needed() - 1, 0.95) * many.std < 0.1 * math.sqrt(many.pairs_needed())
+    assert student_t(many.pairs_needed() - 2, 0.95) * many.std >= 0.1 * math.sqrt(many.pairs_needed() - 1)
     assert Paired((-1.0, 1.0 + 1e-9)).pairs_needed() is None
     assert Paired((0.0, 0.0)).pairs_needed() is None
     assert Paired((1.0, 1.0)).pairs_needed() == 2

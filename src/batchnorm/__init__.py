@@ -4,6 +4,7 @@ Source: Ioffe & Szegedy (2015), arXiv 1502.03167.
 """
 
 from batchnorm import distributed, functional
+from batchnorm.choosing import choose
 from batchnorm.deploy import export
 from batchnorm.diagnostics import watch
 from batchnorm.doctor import diagnose
@@ -85,6 +86,7 @@ __all__ = [
     "WhitenedBatchNorm3d",
     "accelerate",
     "adapt",
+    "choose",
     "commit_on_step",
     "convert",
     "diagnose",

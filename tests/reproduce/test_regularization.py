@@ -179,8 +179,12 @@ EVEN = {("plain", 0.0): (0.8, 0.82), ("plain", 0.5): (0.84, 0.86)}
         ({("bn", 0.0): (0.90, 0.92), ("bn", 0.5): (0.85, 0.87)}, ["holds", "holds", "holds"]),
         ({("bn", 0.0): (0.90, 0.92), ("bn", 0.5): (0.95, 0.97)}, ["misses", "holds", "holds"]),
         ({("bn", 0.0): (0.70, 0.72), ("bn", 0.5): (0.60, 0.90)}, ["holds", "misses", "misses"]),
+        (
+            {("plain", 0.5): (0.7, 0.72), ("bn", 0.0): (0.9, 0.92), ("bn", 0.5): (0.8, 0.82)},
+            ["partly", "holds", "holds"],
+        ),
     ],
-    ids=["dropout hurts with BN", "dropout helps with BN", "BN hurts"],
+    ids=["dropout hurts with BN", "dropout helps with BN", "BN hurts", "dropout hurts with and without"],
 )
 def test_verdicts_follow_the_numbers(tmp_path, with_bn, verdicts):
     summary = summarize(*planted(tmp_path, {**EVEN, **with_bn}))

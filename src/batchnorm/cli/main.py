@@ -21,6 +21,10 @@ COMMANDS = {
         "batchnorm.cli.doctor",
         "what is wrong with a model's normalizations, where, and how much each cure helps",
     ),
+    "choose": (
+        "batchnorm.cli.choose",
+        "which kind of normalization to take at a batch size: short trials, or that they cannot tell",
+    ),
     "recalibrate": (
         "batchnorm.cli.recalibrate",
         "population statistics for a saved model, from data of yours",

@@ -82,10 +82,10 @@ def _dropout_unnecessary(summary: Mapping[str, Any]) -> Claim:
         "With BN, dropout is not needed.",
         "removed it: better validation accuracy",
         f"test accuracy that dropout adds, points: with BN {chosen['bn']}. Without BN {chosen['plain']}",
-        "holds" if not better else "partly" if better < of else "misses",
+        "misses" if better == of else "partly" if better or not helped["plain"][0] else "holds",
         f"of the dropouts, the one with the better held-out accuracy; of all {of} cells with BN dropout "
         f"helps for certain in {better} and hurts in {worse}, without BN in {helped['plain'][0]} and "
-        f"{helped['plain'][1]} of {helped['plain'][2]}; holds: helps in none, partly: not in all",
+        f"{helped['plain'][1]} of {helped['plain'][2]}; holds: helps in some without BN and in none with it",
     )
 
 
