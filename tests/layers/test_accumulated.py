@@ -91,40 +91,73 @@ def test_with_one_micro_batch_it_is_plain_to_the_bit():
 
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
 @pytest.mark.parametrize("channel_dim", [1, -1])
-def test_gradients_are_exact_with_the_share_of_the_samples(masked, channel_dim):
+def test_gradients_are_those_of_algorithm_1_with_means_of_this_micro_batch(masked, channel_dim):
     layer = learned(
-        bn.AccumulatedBatchNorm1d(
-            3, micro_batches=3, dtype=torch.float64, channel_dim=channel_dim, activation="tanh"
-        )
+        bn.AccumulatedBatchNorm1d(3, micro_batches=3, dtype=torch.float64, channel_dim=channel_dim)
     )
     shape = (2, 3, 4) if channel_dim == 1 else (2, 4, 3)
     for _ in range(2):
         layer(torch.randn(shape, dtype=torch.float64) + 1)
-    mask = torch.tensor([[True, True, False, True], [True, False, False, False]]) if masked else None
-    state = copy.deepcopy(layer.state_dict())
-
-    def run(x, residual, *parameters):
-        layer.load_state_dict(state)
-        named = dict(zip(("weight", "bias"), parameters, strict=True))
-        options = {"residual": residual, "mask": mask}
-        return torch.func.functional_call(layer, named, (x,), options)
-
+    mask = torch.ones(2, 4, dtype=torch.bool)
+    if masked:
+        mask = torch.tensor([[True, True, False, True], [True, False, False, False]])
+    names = ("window_mean", "window_var", "window_count")
+    window = [tuple(getattr(layer, name)[i].clone() for name in names) for i in range(2)]
     x, residual = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    given = (x, residual, *(p.detach().clone().requires_grad_() for p in layer.parameters()))
-    assert torch.autograd.gradcheck(run, given)
-    assert torch.autograd.gradgradcheck(run, given)
+    y = layer(x, residual, mask if masked else None)
+    dy = torch.randn(shape, dtype=torch.float64)
+    y.backward(dy)
+    rows, d_rows = (t.detach().movedim(channel_dim, -1)[mask] for t in (x, dy))
+    whole = Moments(rows.mean(0), rows.var(0, correction=0), len(rows))
+    for mean, var, count in window:
+        whole = whole.merge(Moments(mean, var, count))
+    root = (whole.var + layer.eps).rsqrt()
+    x_hat, d_hat = (rows - whole.mean) * root, d_rows * layer.weight.detach()
+    expected = root * (d_hat - d_hat.mean(0) - x_hat * (d_hat * x_hat).mean(0))
+    torch.testing.assert_close(x.grad.movedim(channel_dim, -1)[mask], expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(layer.weight.grad, (d_rows * x_hat).sum(0))
+    torch.testing.assert_close(layer.bias.grad, d_rows.sum(0))
+    torch.testing.assert_close(residual.grad.movedim(channel_dim, -1)[mask], d_rows)
+    assert not x.grad.movedim(channel_dim, -1)[~mask].any()
 
 
-def test_the_gradient_is_that_of_the_big_batch_with_the_others_held():
-    layer = learned(bn.AccumulatedBatchNorm1d(3, micro_batches=2, dtype=torch.float64))
-    first, x = torch.randn(2, 4, 3, dtype=torch.float64).unbind()
-    layer(first)
-    x.requires_grad_()
-    dy = torch.randn(4, 3, dtype=torch.float64)
-    layer(x).backward(dy)
-    mine, x.grad = x.grad, None
-    normalized(x, torch.cat([first, x]), layer.eps, layer.weight.detach(), layer.bias.detach()).backward(dy)
-    torch.testing.assert_close(mine, x.grad, rtol=1e-12, atol=1e-12)
+def test_outputs_and_gradients_are_those_of_the_big_batch_where_micro_batches_are_alike():
+    torch.manual_seed(2)
+    plain = nn.Sequential(nn.Linear(3, 4), bn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 4), bn.BatchNorm1d(4))
+    plain = plain.double()
+    small, _ = bn.convert(plain, to="accumulated", micro_batches=3)
+    x, dy = torch.randn(2, 5, 4, dtype=torch.float64).unbind()
+    x = x[:, :3]
+    plain(x.repeat(3, 1)).backward(dy.repeat(3, 1))
+    for _ in range(3):
+        small(x).backward(dy)
+    for mine, truth in zip(small.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, truth.grad, rtol=1e-10, atol=1e-10)
+
+
+def test_with_an_empty_window_gradients_are_exact():
+    layer = learned(bn.AccumulatedBatchNorm1d(3, micro_batches=3, dtype=torch.float64, activation="tanh"))
+
+    def run(x):
+        layer.restart()
+        return layer(x)
+
+    assert torch.autograd.gradcheck(run, (torch.randn(4, 3, dtype=torch.float64, requires_grad=True),))
+
+
+def test_no_gradient_is_left_for_a_shift_of_the_micro_batch():
+    layer = learned(bn.AccumulatedBatchNorm1d(3, micro_batches=4, dtype=torch.float64))
+    for _ in range(3):
+        layer(torch.randn(4, 3, dtype=torch.float64) * 5)
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    layer.bias.data.zero_()
+    y = layer(x)
+    y.backward(torch.randn(4, 3, dtype=torch.float64))
+    # x̂ of this micro-batch does not sum to zero by itself: that is what the window is for.
+    d_hat_x_hat = (layer.weight.grad * layer.weight.detach()) / 4
+    x_hat = y.detach() / layer.weight.detach()
+    root = (x_hat[0] - x_hat[1]) / (x.detach()[0] - x.detach()[1])
+    torch.testing.assert_close(x.grad.sum(0), -root * d_hat_x_hat * x_hat.sum(0), rtol=1e-9, atol=1e-9)
 
 
 @given(st.lists(st.integers(0, 7), min_size=1, max_size=6), st.integers(1, 5))

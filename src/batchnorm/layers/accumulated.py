@@ -28,9 +28,14 @@ class Accumulated(Variation):
 
     In training each micro-batch is normalized by the moments of all samples of itself and of the
     ``micro_batches`` − 1 before it, a sliding window: the law of `Moments.merge`, so that micro-batches
-    of any sizes, and masks, weigh by their samples. Gradients go through this micro-batch's part of
-    the moments, by its share of the samples; those before are constants. In evaluation, or when
-    frozen, the layer is the plain one.
+    of any sizes, and masks, weigh by their samples. In evaluation, or when frozen, the layer is the
+    plain one.
+
+    The gradient of a big batch holds two sums over all its samples, of dy and of dy · x̂, from the mean
+    and the variance. They are estimated from this micro-batch: its means stand for those of all, as if
+    the others had the same. Where they do, it is the gradient of the big batch. To hold the others
+    constant instead would leave all but a share of 1 / k of these terms out, and training would not
+    see most of the normalization.
 
     The window holds micro-batches and not steps of an optimizer: give the number that gradients are
     accumulated over. It goes on over steps, with moments that older weights gave; `restart` empties
@@ -166,16 +171,19 @@ class Accumulated(Variation):
 
 
 def _merged(moments: Moments, means: Tensor, variances: Tensor, counts: Tensor) -> Moments:
-    """All samples together; gradients through ``moments`` alone."""
+    """All samples together, with gradients as if every micro-batch had those of this one."""
     dtype = moments.mean.dtype
     count = torch.as_tensor(moments.count, device=counts.device).reshape(1)
     weights = torch.cat([count, counts])
     whole = Moments.pooled(
-        torch.cat([moments.mean.unsqueeze(0), means.to(dtype)]),
-        torch.cat([moments.var.unsqueeze(0), variances.to(dtype)]),
+        torch.cat([moments.mean.detach().unsqueeze(0), means.to(dtype)]),
+        torch.cat([moments.var.detach().unsqueeze(0), variances.to(dtype)]),
         weights.to(dtype),
     )
-    return Moments(whole.mean, whole.var, weights.sum())
+    # Zeros, but for their gradients: those of the mean of x, and of (x − mean)² around the common mean.
+    of_mean = moments.mean - moments.mean.detach()
+    around = moments.var + (moments.mean - whole.mean).square()
+    return Moments(whole.mean + of_mean, whole.var + (around - around.detach()), weights.sum())
 
 
 class AccumulatedBatchNorm1d(Accumulated, BatchNorm1d):

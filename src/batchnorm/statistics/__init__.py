@@ -5,6 +5,7 @@ from batchnorm.statistics.adaptation_report import AdaptationReport
 from batchnorm.statistics.alarm import Attached, DriftAlarm, DriftCheck
 from batchnorm.statistics.commit import CommitHandle, commit_on_step
 from batchnorm.statistics.domains import Domains
+from batchnorm.statistics.example_weights import FittedWeight, FittedWeights, fit_example_weights
 from batchnorm.statistics.metric import MetricChange
 from batchnorm.statistics.pool import PooledLayer, PoolReport, pool_statistics
 from batchnorm.statistics.population import Population
@@ -19,6 +20,8 @@ __all__ = [
     "Domains",
     "DriftAlarm",
     "DriftCheck",
+    "FittedWeight",
+    "FittedWeights",
     "LayerChange",
     "MetricChange",
     "PoolReport",
@@ -28,6 +31,7 @@ __all__ = [
     "RecalibrationReport",
     "adapt",
     "commit_on_step",
+    "fit_example_weights",
     "pool_statistics",
     "recalibrate",
 ]
