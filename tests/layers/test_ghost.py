@@ -48,7 +48,9 @@ def one_by_one(x, weight, bias, *, ghost_size, eps=1e-5, activation=None, residu
             z = F.batch_norm(part, None, None, weight, bias, True, 0.0, eps)
         else:
             rows, shown = part.movedim(1, -1), mask[chosen]
-            mean, var = rows[shown].mean(0), rows[shown].var(0, unbiased=False)
+            num_shown = max(int(shown.sum()), 1)
+            mean = rows[shown].sum(0) / num_shown
+            var = (rows[shown] - mean).square().sum(0) / num_shown
             z = ((rows - mean) / (var + eps).sqrt() * weight + bias).movedim(-1, 1)
         z = z if residual is None else z + residual[chosen]
         z = z if activation is None else getattr(F, activation)(z)
@@ -198,17 +200,24 @@ def test_the_layout_of_the_input_is_kept_and_changes_nothing(layout, num):
     else:
         given = x[:, :, :, :1].expand_as(x)
         x = given.contiguous()
-    y = ours(given, ghost_size=4)
-    torch.testing.assert_close(y, ours(x, ghost_size=4))
-    assert y.stride() == torch.empty_like(given).stride()
+    residual, dy, weight = torch.randn_like(x), torch.randn_like(x), torch.rand(4)
+    found = []
+    for t in (given, x):
+        leaves = [v.detach().requires_grad_() for v in (t, weight, residual)]
+        y = ours(leaves[0], leaves[1], ghost_size=4, residual=leaves[2], activation="silu")
+        y.backward(dy)
+        found.append([y, *(v.grad for v in leaves)])
+    assert found[0][0].stride() == torch.empty_like(given).stride()
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_features_last_is_features_first_transposed():
     x, weight, bias = torch.randn(8, 6, 4), torch.rand(4), torch.randn(4)
     mask = torch.rand(8, 6) > 0.3
     for m in (None, mask):
-        last = ours(x, weight, bias, ghost_size=3, channel_dim=-1, mask=m)
-        first = ours(x.movedim(-1, 1), weight, bias, ghost_size=3, mask=m)
+        last = ours(x, weight, bias, ghost_size=4, channel_dim=-1, mask=m)
+        first = ours(x.movedim(-1, 1).contiguous(), weight, bias, ghost_size=4, mask=m)
         torch.testing.assert_close(last, first.movedim(1, -1))
         assert last.is_contiguous()
 

@@ -135,12 +135,22 @@ def _deal(
     if mask is not None:
         return _deal_masked(x, residual, mask, weight, bias, num_ghosts, eps, activation)
 
+    # Where channels lie innermost, examples are dealt by copying whole runs of them.
+    by_rows = x.dim() > 2 and not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+    num, C = x.shape[:2]
+
     def dealt(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.reshape(-1, num_ghosts * x.shape[1], *x.shape[2:])
+        if t is None or not by_rows:
+            return None if t is None else t.reshape(-1, num_ghosts * C, *x.shape[2:])
+        rows = t.movedim(1, -1).reshape(num // num_ghosts, num_ghosts, -1, C)
+        return rows.transpose(1, 2).reshape(-1, num_ghosts * C)
 
     vectors = (None if v is None else v.repeat(num_ghosts) for v in (weight, bias))
     y, moments = batch_norm(dealt(x), *vectors, eps=eps, activation=activation, residual=dealt(residual))
-    mean, var = (v.reshape(num_ghosts, -1) for v in (moments.mean, moments.var))
+    mean, var = (v.reshape(num_ghosts, C) for v in (moments.mean, moments.var))
+    if by_rows:
+        y = y.reshape(num // num_ghosts, -1, num_ghosts, C).transpose(1, 2)
+        y = y.reshape(num, *x.shape[2:], C).movedim(-1, 1)
     return y.reshape(x.shape), Moments(mean, var, moments.count)
 
 
