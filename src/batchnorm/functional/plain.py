@@ -1,5 +1,7 @@
 """Normalization by the moments of a batch, and by given ones."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -52,13 +54,30 @@ def batch_norm(
 
     Source: Ioffe & Szegedy (2015), Algorithm 1.
     """
+    given: Any = {"activation": activation, "residual": residual, "mask": mask, "channel_dim": channel_dim}
+    return batch_norm_by(None, x, weight, bias, eps=eps, **given)
+
+
+def batch_norm_by(
+    known: Moments | None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    eps: float,
+    activation: str | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    channel_dim: int,
+) -> tuple[Tensor, Moments]:
+    """`batch_norm`, which need not look for the moments of the batch where they are known."""
     name = check_arguments(x, weight, bias, eps, activation, residual, mask, channel_dim)
     check_size(x, channel_dim)
     if channel_dim == -1:
         rows, residual, mask = as_rows(x, residual, mask)
-        y, moments = _normalize(rows, weight, bias, residual, mask, eps, name)
+        y, moments = _normalize(rows, weight, bias, residual, mask, eps, name, known)
         return y.reshape(x.shape), moments
-    return _normalize(x, weight, bias, residual, mask, eps, name)
+    return _normalize(x, weight, bias, residual, mask, eps, name, known)
 
 
 def normalize_with(
@@ -132,6 +151,7 @@ def _normalize(
     mask: Tensor | None,
     eps: float,
     activation: str,
+    known: Moments | None,
 ) -> tuple[Tensor, Moments]:
     if residual is not None:
         residual = residual.to(x.dtype)
@@ -140,7 +160,7 @@ def _normalize(
         kernel = dispatch.choose(x, weight, bias, residual, mask, activation)
         if kernel is dispatch.KERNELS["torch"]:
             return native.forward(*arguments)
-        return eager.normalize(kernel, *arguments)
+        return eager.normalize(kernel, *arguments, known)
     if dispatch.is_transformed():
         # vmap, jvp and their compositions go through plain operations, which they all know.
         y, moments = reference.forward(*arguments)

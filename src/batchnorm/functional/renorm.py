@@ -1,9 +1,11 @@
 """Normalization by the moments of a batch, corrected towards given ones."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from batchnorm.functional.plain import as_rows, batch_norm, check_arguments
+from batchnorm.functional.plain import as_rows, batch_norm_by, check_arguments
 from batchnorm.kernels import dispatch
 from batchnorm.moments import Moments
 
@@ -57,12 +59,10 @@ def batch_renorm(
     for name, vector in (("mean", mean), ("var", var)):
         if vector.shape != (C,):
             raise ValueError(f"{name} must have one entry per channel, ({C},), got {tuple(vector.shape)}")
-    if not (isinstance(r_max, Tensor) or isinstance(d_max, Tensor) or r_max > 1 or d_max > 0):
-        r = d = None
-    else:
-        r, d = correction(moments_of(x, mask, channel_dim), mean, var, eps=eps, r_max=r_max, d_max=d_max)
-    given = {"activation": activation, "residual": residual, "mask": mask, "channel_dim": channel_dim}
-    return batch_norm(x, *corrected(weight, bias, r, d), eps=eps, **given)
+    moments = moments_of(x, mask, channel_dim)
+    weight, bias = corrected(weight, bias, *correction(moments, mean, var, eps=eps, r_max=r_max, d_max=d_max))
+    given: Any = {"activation": activation, "residual": residual, "mask": mask, "channel_dim": channel_dim}
+    return batch_norm_by(moments, x, weight, bias, eps=eps, **given)
 
 
 def moments_of(x: Tensor, mask: Tensor | None, channel_dim: int) -> Moments:
@@ -92,12 +92,8 @@ def correction(
     return torch.clamp(r, 1 / r_max, r_max), torch.clamp(d, -d_max, d_max)
 
 
-def corrected(
-    weight: Tensor | None, bias: Tensor | None, r: Tensor | None, d: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
+def corrected(weight: Tensor | None, bias: Tensor | None, r: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     """The weight and the bias by which `batch_norm` is `batch_renorm`."""
-    if r is None or d is None:
-        return weight, bias
     shift = d if weight is None else weight * d
     return r if weight is None else weight * r, shift if bias is None else bias + shift
 

@@ -23,11 +23,12 @@ def normalize(
     mask: Tensor | None,
     eps: float,
     activation: str,
+    known: Moments | None = None,
 ) -> tuple[Tensor, Moments]:
-    """`Kernel.forward` with its gradient."""
+    """`Kernel.forward` with its gradient, from the batch's moments on where these are known."""
     if not _records(x, gamma, beta, residual):
-        return kernel.forward(x, gamma, beta, residual, mask, eps, activation)
-    found: list[Moments] = []
+        return _forward(kernel, known, x, gamma, beta, residual, mask, eps, activation)
+    found = [] if known is None else [known]
     y = _apply(_Normalize)(x, gamma, beta, residual, mask, eps, activation, kernel, found)
     return y, found[0]
 
@@ -48,6 +49,22 @@ def apply(
     if not _records(x, gamma, beta, residual):
         return kernel.apply(x, mean, var, gamma, beta, residual, mask, eps, activation)
     return _apply(_Apply)(x, mean, var, gamma, beta, residual, mask, eps, activation, kernel)
+
+
+def _forward(
+    kernel: Kernel,
+    known: Moments | None,
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, Moments]:
+    if known is None:
+        return kernel.forward(x, gamma, beta, residual, mask, eps, activation)
+    return kernel.apply(x, known.mean, known.var, gamma, beta, residual, mask, eps, activation), known
 
 
 def _records(*tensors: Tensor | None) -> bool:
@@ -75,8 +92,9 @@ def _apply(function: type[torch.autograd.Function]) -> Any:
 class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gamma, beta, residual, mask, eps, activation, kernel, found):
-        y, moments = kernel.forward(x, gamma, beta, residual, mask, eps, activation)
-        found.append(moments)
+        known = found[0] if found else None
+        y, moments = _forward(kernel, known, x, gamma, beta, residual, mask, eps, activation)
+        found[:] = [moments]
         count = moments.count if mask is not None else None
         output, joined = _kept(y, residual, mask, activation)
         ctx.save_for_backward(x, output, gamma, beta, joined, mask, moments.mean, moments.var, count)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from batchnorm.functional.plain import batch_norm, check_arguments
+from batchnorm.functional.plain import batch_norm_by, check_arguments
 from batchnorm.functional.renorm import check_limits, corrected, correction, moments_of
 from batchnorm.layers import recompute
 from batchnorm.layers.base import Normalization
@@ -110,14 +110,14 @@ class Renorm(Variation):
     def _by_batch(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, **options: Any
     ) -> tuple[Tensor, Moments]:
-        weight, bias = corrected(weight, bias, *self._correction(x, options["mask"]))
-        y, moments = batch_norm(x, weight, bias, **options)
+        check_arguments(x, None, None, self.eps, None, None, options["mask"], self.channel_dim)
+        moments = moments_of(x, options["mask"], self.channel_dim)
+        weight, bias = corrected(weight, bias, *self._correction(moments))
+        y, moments = batch_norm_by(moments, x, weight, bias, **options)
         recompute.offer(y, x, [moments.mean, moments.var, weight, bias], **options)
         return y, moments
 
-    def _correction(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        check_arguments(x, None, None, self.eps, None, None, mask, self.channel_dim)
-        moments = moments_of(x, mask, self.channel_dim)
+    def _correction(self, moments: Moments) -> tuple[Tensor, Tensor]:
         known = self._corrections.find(moments) if is_recomputation() else None
         if known is not None:
             return known
