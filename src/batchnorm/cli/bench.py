@@ -10,7 +10,7 @@ from typing import Any, Literal
 import tyro
 from rich.console import Console
 
-from batchnorm.bench import adapt, clusters, fold, kinds, memory, ranks, step, watch
+from batchnorm.bench import adapt, clusters, fold, kinds, memory, ranks, step, watch, whitening
 from batchnorm.bench.networks import NETWORKS, Network
 from batchnorm.bench.results import append, default_path, occasions, picture
 from batchnorm.bench.shapes import SMALL_AND_ODD, inception_shapes, resnet50_shapes
@@ -25,6 +25,7 @@ Side-by-side figures on this machine: medians over rounds in which all contender
   step      a whole training step of BN-Inception
   memory    what a training step holds in memory
   kinds     every kind of normalization alone: ghost, renorm and others beside the plain one
+  whitening what iterative whitening costs against channels and group size
   fold      inference with and without fold, eager and compiled
   loader    images a second from JPEG files, on one core
   watch     what a recorder adds to training, at its defaults
@@ -183,6 +184,26 @@ class Kinds(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Whitening(Common):
+    """Groups of channels whitened by Newton's iteration and by eigenvectors, beside the plain layer."""
+
+    channels: tuple[int, ...] = whitening.CHANNELS
+    """Of the inputs; multiples of the groups."""
+    groups: tuple[int, ...] = whitening.GROUPS
+    """Channels that are whitened together."""
+    batch: int = 32
+    """Images."""
+    side: int = 16
+    """Pixels."""
+    iterations: int = 5
+    """Of Newton's method."""
+    rounds: int = 15
+    """Samples of each contender."""
+    threads: int = 1
+    """PyTorch's threads; 0 leaves its own choice."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Adapt(Common):
     """Adaptation by each method, and inference with an alarm, beside plain inference on the same batches."""
 
@@ -233,6 +254,7 @@ KINDS: dict[str, type[Common | Scaling]] = {
     "step": Step,
     "memory": Memory,
     "kinds": Kinds,
+    "whitening": Whitening,
     "fold": Fold,
     "loader": Loader,
     "watch": Watch,
@@ -393,6 +415,15 @@ def _measure_export(options: Export) -> list[dict[str, Any]]:
     ]
 
 
+def _whitening(options: Any, path: Path, console: Console) -> None:
+    names = ("channels", "groups", "batch", "side", "iterations", "rounds", "threads")
+    with Console(stderr=True).status("whitening") as status:
+        found = whitening.measure(**{n: getattr(options, n) for n in names}, progress=status.update)
+    append(path, "whitening", found, threads=options.threads, rounds=options.rounds)
+    for table in TABLES["whitening"](found):
+        console.print(table)
+
+
 def _kinds(options: Any, path: Path, console: Console) -> None:
     names = ("shapes", "ghost_size", "layouts", "memory", "rounds", "threads")
     with Console(stderr=True).status("kinds") as status:
@@ -425,6 +456,7 @@ MEASURES: dict[str, Callable[[Any, Path, Console], None]] = {
     "step": _step,
     "memory": _memory,
     "kinds": _kinds,
+    "whitening": _whitening,
     "fold": _fold,
     "loader": _loader,
     "watch": _watch,

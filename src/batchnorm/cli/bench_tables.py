@@ -116,6 +116,20 @@ def _export_tables(found: Sequence[Mapping[str, Any]]) -> list[Table]:
     return [answers, speed]
 
 
+def _whitening_tables(found: Sequence[Mapping[str, Any]]) -> list[Table]:
+    tables = []
+    for row in found:
+        shape, iterations = "×".join(map(str, row["shape"])), row["iterations"]
+        title = f"whitening, {shape}, {iterations} iterations, forward and backward"
+        table = Table("contender", "ms", "of the plain layer", "by processor time", title=title)
+        for name, ms in row["ms"].items():
+            ratios = (_quartiles(row[kind][name], "{:.2f}") for kind in ("ratio", "ratio_cpu"))
+            table.add_row(name, _quartiles(ms, "{:.2f}"), *ratios)
+        table.caption = "medians; in brackets: quartiles of ratios within a round"
+        tables.append(table)
+    return tables
+
+
 def _kinds_tables(found: Sequence[Mapping[str, Any]]) -> list[Table]:
     tables = []
     for row in found:
@@ -204,6 +218,7 @@ TABLES: dict[str, Callable[[Any], list[Table]]] = {
     "step": _step_tables,
     "memory": _memory_tables,
     "kinds": _kinds_tables,
+    "whitening": _whitening_tables,
     "fold": _fold_tables,
     "loader": _loader_tables,
     "watch": _watch_tables,
