@@ -12,7 +12,6 @@ from torch.nn.functional import pad
 
 from batchnorm.comoments import Comoments
 from batchnorm.kernels.activations import TABLE
-from batchnorm.kernels.reference import before_activation, visible
 
 
 def inverse_root(cov_Ggg: Tensor, eps: float, iterations: int) -> Tensor:
@@ -78,9 +77,9 @@ def forward(
     Source: Huang et al. (2019), Algorithm 1.
     """
     with torch.autocast(x.device.type, enabled=False):
-        moments, deviations_CM = _centred(x, group, mask, channel_dim)
-        whitened_CM = _whitened(deviations_CM, moments.cov, eps, iterations)
-        return _finished(whitened_CM, x, gamma, beta, residual, mask, activation, channel_dim), moments
+        moments, off_CM, left_C = _centred(x, group, mask, channel_dim)
+        z_CM = _mapped(off_CM, left_C, moments.cov, gamma, beta, eps, iterations)
+        return _finished(z_CM, x, residual, mask, activation, channel_dim), moments
 
 
 def apply(
@@ -100,39 +99,61 @@ def apply(
     """The same with given mean and covariances, as `Comoments` has them; differentiable in all."""
     with torch.autocast(x.device.type, enabled=False):
         rows_CM, mask_M = _rows(x, mask, channel_dim)
-        deviations_CM = _where(mask_M, rows_CM - mean.unsqueeze(1).to(rows_CM.dtype))
-        whitened_CM = _whitened(deviations_CM, cov_Cg.to(rows_CM.dtype), eps, iterations)
-        return _finished(whitened_CM, x, gamma, beta, residual, mask, activation, channel_dim)
+        off_CM = _where(mask_M, rows_CM - mean.unsqueeze(1).to(rows_CM.dtype))
+        z_CM = _mapped(off_CM, None, cov_Cg.to(rows_CM.dtype), gamma, beta, eps, iterations)
+        return _finished(z_CM, x, residual, mask, activation, channel_dim)
 
 
-def _centred(x: Tensor, group: int, mask: Tensor | None, channel_dim: int) -> tuple[Comoments, Tensor]:
+def _centred(
+    x: Tensor, group: int, mask: Tensor | None, channel_dim: int
+) -> tuple[Comoments, Tensor, Tensor]:
+    """Moments, the samples without their mean, and the mean that rounding has left in these."""
     x_CM, mask_M = _rows(x, mask, channel_dim)
     count = x_CM.shape[1] if mask_M is None else mask_M.sum()
     divisor = max(count, 1) if isinstance(count, int) else count.clamp(min=1)
     first_C1 = x_CM.sum(1, keepdim=True) / divisor
-    # Around a mean that is refined, as in `Moments.of`: covariances of x − mean are those of x.
+    # The mean is refined, as in `Moments.of`. What that moves the covariances by is its square: nothing
+    # that subtraction could lose.
     off_CM = _where(mask_M, x_CM - first_C1)
-    correction_C1 = off_CM.sum(1, keepdim=True) / divisor
-    deviations_CM = _where(mask_M, off_CM - correction_C1)
+    left_C1 = off_CM.sum(1, keepdim=True) / divisor
+    pairs = zip(_groups(off_CM, group), _groups(left_C1, group), strict=True)
     cov_Cg = torch.cat(
         [
-            pad((part @ part.mT / divisor).flatten(0, 1), [0, group - part.shape[1]])
-            for part in _groups(deviations_CM, group)
+            pad((part @ part.mT / divisor - left @ left.mT).flatten(0, 1), [0, group - part.shape[1]])
+            for part, left in pairs
         ]
     )
-    var = (deviations_CM.square().sum(1)) / divisor
-    return Comoments((first_C1 + correction_C1).squeeze(1), var, count, cov_Cg), deviations_CM
+    own = torch.arange(len(cov_Cg), device=x.device).unsqueeze(1) % group
+    var = cov_Cg.gather(1, own).squeeze(1).clamp(min=0)
+    return Comoments((first_C1 + left_C1).squeeze(1), var, count, cov_Cg), off_CM, left_C1.squeeze(1)
 
 
-def _whitened(deviations_CM: Tensor, cov_Cg: Tensor, eps: float, iterations: int) -> Tensor:
-    size = cov_Cg.shape[1]
-    parts = zip(_groups(deviations_CM, size), _groups(cov_Cg, size), strict=True)
-    return torch.cat(
-        [
-            (inverse_root(cov[..., : cov.shape[1]], eps, iterations) @ part).flatten(0, 1)
-            for part, cov in parts
-        ]
-    )
+def _mapped(
+    off_CM: Tensor,
+    left_C: Tensor | None,
+    cov_Cg: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    iterations: int,
+) -> Tensor:
+    """γ · root · (off − left) + β, as one product for each group."""
+    size, dtype = cov_Cg.shape[1], off_CM.dtype
+    vectors = [None if v is None else _columns(v.to(dtype), size) for v in (left_C, gamma, beta)]
+    parts = []
+    for i, (off, cov) in enumerate(zip(_groups(off_CM, size), _groups(cov_Cg, size), strict=True)):
+        left, scale, shift = (None if v is None else v[i] for v in vectors)
+        root = inverse_root(cov[..., : cov.shape[1]], eps, iterations)
+        root = root if scale is None else scale * root
+        if left is not None:
+            shift = (0 if shift is None else shift) - root @ left
+        parts.append((root @ off if shift is None else torch.baddbmm(shift, root, off)).flatten(0, 1))
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _columns(vector_C: Tensor, group: int) -> list[Tensor]:
+    """Vectors of channels as (groups, g, 1)."""
+    return list(_groups(vector_C.unsqueeze(1), group))
 
 
 def _groups(rows: Tensor, group: int) -> Iterator[Tensor]:
@@ -156,25 +177,15 @@ def _where(mask_M: Tensor | None, t_CM: Tensor) -> Tensor:
 
 
 def _finished(
-    whitened_CM: Tensor,
-    x: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    residual: Tensor | None,
-    mask: Tensor | None,
-    activation: str,
-    channel_dim: int,
+    z_CM: Tensor, x: Tensor, residual: Tensor | None, mask: Tensor | None, activation: str, channel_dim: int
 ) -> Tensor:
-    first = x.movedim(channel_dim, 0).shape
-    x_hat = whitened_CM.reshape(first).transpose(0, 1) if channel_dim == 1 else whitened_CM.reshape(first)
-    if channel_dim == -1:
-        rows = x_hat.flatten(1).t()
-        flat = None if residual is None else residual.reshape(rows.shape)
-        z = before_activation(rows, gamma, beta, flat)
-        shown = visible(TABLE[activation].value(z), None if mask is None else mask.flatten())
-        return shown.to(x.dtype).reshape(x.shape)
-    z = before_activation(x_hat, gamma, beta, residual)
-    return laid_out_as(visible(TABLE[activation].value(z), mask).to(x.dtype), x)
+    z = z_CM.reshape(x.movedim(channel_dim, 0).shape).movedim(0, channel_dim)
+    if residual is not None:
+        z = z + residual
+    y = TABLE[activation].value(z)
+    if mask is not None:
+        y = torch.where(mask.unsqueeze(channel_dim), y, 0)
+    return laid_out_as(y.to(x.dtype), x)
 
 
 def laid_out_as(y: Tensor, x: Tensor) -> Tensor:

@@ -53,7 +53,9 @@ def convert(
             ranks when ``None``, or the group that a ``SyncBatchNorm`` has), or in its place
             ``group_size``: so many consecutive ranks share a batch, and all ranks have to call this, as
             the first call for a size makes the groups. For "ghost" ``ghost_size``, the examples in a
-            virtual batch.
+            virtual batch. For "accumulated" ``micro_batches`` in a window; for "evalnorm" the
+            ``batch_size`` of training, or ``example_weight``; for "whitened" ``group_channels`` and
+            ``iterations``.
 
     Returns:
         The new model and the report: every change, everything left alone with its reason, the
