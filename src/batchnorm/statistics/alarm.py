@@ -18,14 +18,14 @@ from batchnorm.statistics.feeding import Forward, feed, num_examples, run
 from batchnorm.statistics.passes import eagerly, same_random_numbers
 from batchnorm.statistics.per_example import Listener
 
-_DRAWS = 1000
+_DRAWS = 2000
 """Batches that are drawn from the source's examples for each size, or more where false alarms are rare."""
 
 _FLOOR = 0.01
 """Of a channel's spread between examples, in deviations: one that never moved is not divided by nothing."""
 
-_LARGEST_SHARE = 4
-"""A batch may be one part in so many of the source's examples: parts that large vary as they should."""
+_LARGEST_SHARE = 8
+"""A batch may be one part in so many of the source's examples: enough of them are different then."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,9 @@ class DriftAlarm:
 
     For every layer, the mean and the mean square that a batch has in each channel are compared with the
     source's, in units of how much they differ between source batches of as many examples; the layer that is
-    farthest decides. The threshold comes from batches drawn at random from the source's examples, so that a
-    given share of source batches, no more, raises an alarm, whatever the size of the batch.
+    farthest decides. Half of the source's examples, every other one, say where it is and how wide; from the
+    others batches are drawn at random, of any size that is wanted, and the threshold is what all but a given
+    share of these stay below. So as many fresh batches of the source raise an alarm.
 
     Args:
         model: With stored statistics, in any wrapper; it is left as it is.
@@ -79,8 +80,12 @@ class DriftAlarm:
         false_alarm_rate: Share of source batches that raise an alarm.
         forward: As in `adapt`.
 
+    Attributes:
+        num_examples: Of the source.
+        false_alarm_rate: As given.
+
     Raises:
-        ValueError: Fewer than ``2 / false_alarm_rate`` examples, or than 8; values that are not finite; no
+        ValueError: Fewer than ``4 / false_alarm_rate`` examples, or than 16; values that are not finite; no
             normalization with stored statistics; a rate that is no share.
         TypeError: A batch that does not fit the model.
     """
@@ -101,24 +106,24 @@ class DriftAlarm:
         self._listener = Listener(_with_statistics(self._network))
         rows = [self._rows(batch, index) for index, batch in enumerate(batches)]
         num = sum(map(len, rows))
-        fewest = max(8, math.ceil(2 / false_alarm_rate))
+        fewest = max(16, math.ceil(4 / false_alarm_rate))
         if num < fewest:
             raise ValueError(
                 f"an alarm with a false alarm rate of {false_alarm_rate:g} needs at least {fewest} examples "
                 f"of the source, got {num}"
             )
-        self._source = torch.cat(rows)
-        if not self._source.isfinite().all():
+        source = torch.cat(rows)
+        if not source.isfinite().all():
             raise ValueError("examples of the source make a layer receive values that are not finite")
-        self._mean = self._source.mean(0)
-        floor = _FLOOR**2
-        self._var = self._source.var(0) + floor
+        self.num_examples = num
+        # Distances from what they were measured by themselves would be too small for a threshold.
+        measured, self._drawn = source[::2], source[1::2].clone()
+        self._mean, self._var, self._num_measured = (
+            measured.mean(0),
+            measured.var(0) + _FLOOR**2,
+            len(measured),
+        )
         self._usual: dict[int, tuple[Tensor, float]] = {}
-
-    @property
-    def num_examples(self) -> int:
-        """Examples of the source."""
-        return len(self._source)
 
     @property
     def largest_batch(self) -> int:
@@ -166,7 +171,7 @@ class DriftAlarm:
 
     def _wrong_size(self, size: int) -> ValueError:
         return ValueError(
-            f"a batch to be checked has 1 to {self.largest_batch} examples, a {_LARGEST_SHARE}th of the "
+            f"a batch to be checked has 1 to {self.largest_batch} examples, an {_LARGEST_SHARE}th of the "
             f"{self.num_examples} that the alarm was calibrated on; got {size}. Calibrate on more, or split "
             "it"
         )
@@ -189,8 +194,7 @@ class DriftAlarm:
         size = len(rows)
         usual, threshold = self._of_source(size)
         mean = rows.mean(0)
-        squares = (mean - self._mean).square() / (self._var * (1 / size + 1 / self.num_examples))
-        distances = (self._by_layer(squares) / usual).tolist()
+        distances = (self._distances(mean[None], size)[0] / usual).tolist()
         means = [part.split(part.numel() // 2)[0] for part in mean.split(self._widths())]
         score = max(map(_or_infinite, distances))
         return DriftCheck(
@@ -206,14 +210,14 @@ class DriftAlarm:
         """Each layer's median distance among source batches of a size, and the threshold of the score."""
         if size not in self._usual:
             random = torch.Generator().manual_seed(size)
-            num, total = max(_DRAWS, math.ceil(10 / self.false_alarm_rate)), self.num_examples
-            # Without replacement, which takes away from the variance what the whole sample's mean has.
-            scale = self._var * (1 / size - 1 / total)
-            found = []
-            for _ in range(num):
-                mean = self._source[torch.randperm(total, generator=random)[:size]].mean(0)
-                found.append(self._by_layer((mean - self._mean).square() / scale))
-            distances = torch.stack(found)
+            num_at_once = len(self._drawn) // size
+            found: list[Tensor] = []
+            while len(found) * num_at_once < max(_DRAWS, 20 / self.false_alarm_rate):
+                order = torch.randperm(len(self._drawn), generator=random)[: num_at_once * size]
+                means = self._drawn[order].unflatten(0, (num_at_once, size)).mean(1)
+                found.append(self._distances(means, size))
+            distances = torch.cat(found)
+            num = len(distances)
             usual = distances.median(0).values.clamp(min=torch.finfo(distances.dtype).tiny)
             scores = (distances / usual).max(1).values.sort().values
             # The rank that one more such batch is above in no more than the given share of cases.
@@ -224,8 +228,10 @@ class DriftAlarm:
     def _widths(self) -> list[int]:
         return [2 * channels for channels in self._listener.sizes.values()]
 
-    def _by_layer(self, squares: Tensor) -> Tensor:
-        return torch.stack([part.mean() for part in squares.split(self._widths())])
+    def _distances(self, means: Tensor, size: int) -> Tensor:
+        """Of batches' means, shape (B, V), from the source's: shape (B, layers), about 1 in its domain."""
+        squares = (means - self._mean).square() / (self._var * (1 / size + 1 / self._num_measured))
+        return torch.stack([part.mean(1) for part in squares.split(self._widths(), 1)], 1)
 
 
 class Attached:
