@@ -105,9 +105,14 @@ def test_targets_of_each_source(tmp_path):
         f"cifar10 {kind} {s:g}" for kind in ("noise", "blur", "contrast") for s in STRENGTHS["colour"][kind]
     ]
     assert small(tmp_path, sources=("mnist",)).targets("mnist")[0] == "mnist noise 0.2"
-    assert len(names(experiment)) == 1 + 12 + 1 + 1 + 9
+    assert len(names(experiment)) == 1 + 5 + 1 + 1 + 3
+    assert experiment.trained("cifar10") == ["cifar10 noise 0.1", "cifar10 blur 1", "cifar10 contrast 0.3"]
+    assert experiment.trained("mnist")[-2:] == ["mnist inversion 1", "mnist rotation 40"]
+    assert experiment.trained("usps") == []
+    every = small(tmp_path, sources=experiment.sources, trained_there="all")
+    assert len(names(every)) == 1 + 12 + 1 + 1 + 9
     assert "usps-seed-0" in names(experiment)
-    assert names(experiment)["mnist-noise-0.2-seed-0"][2:] == ("mnist noise 0.2", 0)
+    assert names(experiment)["mnist-noise-0.4-seed-0"][2:] == ("mnist noise 0.4", 0)
     assert num_steps(Adaptation(out=tmp_path), "mnist-noise-0.2-seed-0") == 3 * 468
     assert num_steps(experiment, "usps-seed-0") == 56
 
@@ -194,6 +199,13 @@ def test_the_summary_is_json_and_holds_every_target(made):
     )
     mean = np.mean([one["there"][0] for one in summary["targets"]["digits"].values()])
     assert over_targets(summary, "digits", "there") == [pytest.approx(mean)]
+    other = json.loads(json.dumps(summary))
+    other["targets"]["digits"]["digits noise 0.4"]["there"] = None
+    assert over_targets(other, "digits", "before")[0] == pytest.approx(
+        np.mean([one["before"][0] for one in [*other["targets"]["digits"].values()][1:]])
+    )
+    assert batch_table(other, "digits").rows[0][-2:] == ("", "")
+    assert claims(other)
     (first, *_), columns = batch_table(summary, "digits").rows, batch_table(summary, "digits").columns
     assert first[0] == "digits noise 0.4"
     assert len(first) == len(columns) == 3 + 2 + 3 + 2

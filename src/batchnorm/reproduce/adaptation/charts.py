@@ -11,7 +11,7 @@ from batchnorm.reproduce.adaptation.summary import over_targets
 
 
 def size_chart(summary: Mapping[str, Any], source: str) -> CurveChart:
-    """Accuracy, averaged over a source's targets, by the number of examples that it is adapted on."""
+    """Accuracy by the number of examples, averaged over targets that have a network of their own."""
     sizes = summary["experiment"]["examples"]
     curves = []
     for method, few, colour in (("statistics", [], "bn"), ("blended", [BLENDED], "third")):
@@ -22,5 +22,6 @@ def size_chart(summary: Mapping[str, Any], source: str) -> CurveChart:
     for name, what, colour in (("not adapted", "before", "plain"), ("trained there", "there", "fifth")):
         value = np.array(over_targets(summary, source, what))
         curves.append(Curve(name, ends, np.stack([value, value], 1), COLOURS[colour], True))
-    title = f"Trained on {source}: accuracy in other domains, mean over all of them"
+    num = sum(of["there"] is not None for of in summary["targets"][source].values())
+    title = f"Trained on {source}: accuracy in other domains, mean over {num} of them"
     return CurveChart(title, "examples", "accuracy", curves, spread="std", log_x=True)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from batchnorm.reproduce.adaptation.corruptions import STRENGTHS
 from batchnorm.reproduce.parts import check_choices, check_counts
@@ -27,7 +28,7 @@ class Adaptation:
     Convolutional networks are trained on a source and tested in other domains: MNIST on USPS and USPS on
     MNIST, and each source under corruptions of several strengths. Statistics are recomputed from batches of
     several sizes, or blended; γ and β learn by entropy; and the same network is trained in the domain itself,
-    from the same number of labelled images. Adapted on unlabelled training images of the domain, and tested
+    from as many labelled images. Adapted on unlabelled training images of the domain, and tested
     on its test images. Writes result.json, pictures and report.html into --out; a second call does only what
     is missing. A minute for digits; for mnist, usps and cifar10 together about forty on one core.
     """
@@ -49,6 +50,8 @@ class Adaptation:
     """Sizes of its batches."""
     epochs: int | None = None
     """Epochs of training (default: 30 of digits, 3 of mnist, 20 of usps, 3 of cifar10)."""
+    trained_there: Literal["middle", "all"] = "middle"
+    """Strengths of each corruption at which a network is trained in the domain, too."""
     processes: int | None = None
     """Networks train in a process each; this many at once (default: one a core)."""
 
@@ -77,6 +80,19 @@ class Adaptation:
             f"{source} {kind} {strength:g}"
             for kind in CORRUPTED[source]
             for strength in STRENGTHS[family][kind]
+        ]
+
+    def trained(self, source: str) -> list[str]:
+        """Those of them in which a network of their own is trained, beside the sources."""
+        kinds = [t.split()[:2] for t in self.targets(source)]
+        return [
+            target
+            for place, target in enumerate(self.targets(source))
+            if target not in self.sources
+            and (
+                self.trained_there == "all"
+                or place - kinds.index(kinds[place]) == kinds.count(kinds[place]) // 2
+            )
         ]
 
     def num_epochs(self, domain: str) -> int:

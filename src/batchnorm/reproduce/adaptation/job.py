@@ -142,7 +142,7 @@ def names(experiment: Adaptation) -> dict[str, tuple[Adaptation, str, str, int]]
     found = {}
     for seed in range(experiment.seeds):
         for source in reversed(experiment.sources):
-            for domain in (source, *(t for t in experiment.targets(source) if t not in experiment.sources)):
+            for domain in (source, *experiment.trained(source)):
                 name = f"{domain.replace(' ', '-')}-seed-{seed}"
                 found[name] = (experiment, name, domain, seed)
     return found

@@ -19,7 +19,7 @@ brings, beside the same network trained in the domain itself.
 Sources: {sources}; {seeds} seeds, mean ± standard deviation, accuracy in % on all test images. Adapted on
 training images of the domain, without labels: on one batch of the size that a column names, or on a stream
 of {stream:,} examples, in batches. Trained there: with the labels of all training images, for as long as the
-source.
+source; of each corruption at {strengths}.
 """
 
 DOMAINS = """\
@@ -62,7 +62,8 @@ def write_report(summary: Mapping[str, Any], out: Path, environment: Mapping[str
         sections.append(
             Section(f"Trained on {source}", REFUSED, figures=[figure_of(chart.title, chart)], tables=tables)
         )
-    intro = INTRO.format(**{**settings, "sources": ", ".join(settings["sources"])})
+    strengths = "every strength" if settings["trained_there"] == "all" else "the middle strength"
+    intro = INTRO.format(**{**settings, "sources": ", ".join(settings["sources"]), "strengths": strengths})
     return write_page(Page("Adaptation to other domains", intro, sections, environment), out / "report.html")
 
 
@@ -101,7 +102,7 @@ def _corruptions(summary: Mapping[str, Any], run: str) -> Claim:
     closed = [
         (mean(of["runs"][run]["accuracy"]) - mean(of["before"])) / (mean(of["there"]) - mean(of["before"]))
         for _, target, of in rows(summary)
-        if " " in target and mean(of["there"]) > mean(of["before"])
+        if " " in target and of["there"] is not None and mean(of["there"]) > mean(of["before"])
     ]
     better = len(found) - len(worse)
     said = f"better in {better} of {len(found)} domains, by {100 * mean([*found.values()]):.1f} points on "
@@ -158,11 +159,12 @@ def batch_table(summary: Mapping[str, Any], source: str) -> Table:
     found = []
     for target, of in summary["targets"][source].items():
         after = [of["runs"][run]["accuracy"] for run in runs]
-        gap = mean(of["there"]) - mean(of["runs"][runs[len(settings["examples"]) - 1]]["accuracy"])
+        last = of["runs"][runs[len(settings["examples"]) - 1]]["accuracy"]
+        there = ("", "")
+        if of["there"] is not None:
+            there = (shown(of["there"]), f"{100 * (mean(of['there']) - mean(last)):.1f}")
         refused = f"{sum(of['refused'])} of {len(of['refused'])}"
-        found.append(
-            (target, shown(of["before"]), refused, *map(shown, after), shown(of["there"]), f"{100 * gap:.1f}")
-        )
+        found.append((target, shown(of["before"]), refused, *map(shown, after), *there))
     caption = f"gap left: trained there less statistics of {settings['examples'][-1]:,} examples, points"
     return Table("Adapted on one batch", columns, found, caption)
 

@@ -15,21 +15,24 @@ def summarize(experiment: Adaptation, parts: Mapping[str, Any]) -> dict[str, Any
 
     Returns:
         ``experiment``; ``own``, by source the accuracy on its own test images; ``targets``, by source and
-        target ``before``, ``there`` (of the network trained there), ``entropy`` before, ``refused``, and for
-        each of ``runs`` what `job.adapted` says.
+        target ``before``, ``there`` (of the network trained there, or None), ``entropy`` before, ``refused``,
+        and for each of ``runs`` what `job.adapted` says.
     """
     seeds = range(experiment.seeds)
 
     def of(domain: str) -> list[Any]:
         return [parts[f"{domain.replace(' ', '-')}-seed-{seed}"] for seed in seeds]
 
+    def trained(domain: str) -> list[float] | None:
+        has = domain in experiment.sources or domain in experiment.trained(domain.split()[0])
+        return [one["accuracy"] for one in of(domain)] if has else None
+
     own, targets = {}, {}
     for source in experiment.sources:
         found = of(source)
         own[source] = [one["accuracy"] for one in found]
         targets[source] = {
-            target: _merged([one["targets"][target] for one in found])
-            | {"there": [one["accuracy"] for one in of(target)]}
+            target: _merged([one["targets"][target] for one in found]) | {"there": trained(target)}
             for target in experiment.targets(source)
         }
     return plain({"experiment": science(experiment), "own": own, "targets": targets})
@@ -59,8 +62,14 @@ def deviation(values: list[float]) -> float:
 
 
 def over_targets(summary: Mapping[str, Any], source: str, run: str) -> list[float]:
-    """For each seed, the mean accuracy over a source's targets: "before", "there", or of a run."""
-    found = summary["targets"][source].values()
+    """For each seed, the mean accuracy over those of a source's targets in which a network was trained.
+
+    Args:
+        summary: As `summarize` gives it.
+        source: What the networks were trained on.
+        run: "before", "there", or of ``runs``.
+    """
+    found = [of for of in summary["targets"][source].values() if of["there"] is not None]
     values = [one[run] if run in ("before", "there") else one["runs"][run]["accuracy"] for one in found]
     return np.mean(values, axis=0).tolist()
 
