@@ -18,8 +18,8 @@ brings, beside the same network trained in the domain itself.
 
 Sources: {sources}; {seeds} seeds, mean ± standard deviation, accuracy in % on all test images. Adapted on
 training images of the domain, without labels: on one batch of the size that a column names, or on a stream
-of {stream:,} examples, in batches. Trained there: with the labels of all training images, for as long as the
-source; of each corruption at {strengths}.
+of {stream:,} examples (or as many as there are), in batches. Trained there: with the labels of all training
+images, for as long as the source; of each corruption at {strengths}.
 """
 
 DOMAINS = """\
@@ -184,5 +184,5 @@ def stream_table(summary: Mapping[str, Any], source: str) -> Table:
                 cells.append(shown(run["accuracy"]) + f" ({sum(run['undone'])} undone)" * any(run["undone"]))
         last = of["runs"][f"entropy stream {sizes[-1]}"]
         found.append((*cells, f"{mean(of['entropy']):.2f}", f"{mean(last['entropy']):.2f}"))
-    title = f"Adapted on a stream of {summary['experiment']['stream']:,} examples"
+    title = f"Adapted on a stream of up to {summary['experiment']['stream']:,} examples"
     return Table(title, tuple(columns), found)
