@@ -16,7 +16,15 @@ from batchnorm.reproduce.adaptation import job as jobs
 from batchnorm.reproduce.adaptation.corruptions import STRENGTHS, corrupted
 from batchnorm.reproduce.adaptation.job import accuracy, adapted, names, num_steps, run_part, train
 from batchnorm.reproduce.adaptation.networks import colour_network, grey_network, images_of, in_domain
-from batchnorm.reproduce.adaptation.page import batch_table, claims, shown, stream_table, write_report
+from batchnorm.reproduce.adaptation.page import (
+    blended_table,
+    claims,
+    shown,
+    signed,
+    statistics_table,
+    stream_table,
+    write_report,
+)
 from batchnorm.reproduce.adaptation.summary import deviation, gains, over_targets, summarize
 from batchnorm.reproduce.training import path_of
 
@@ -204,19 +212,19 @@ def test_the_summary_is_json_and_holds_every_target(made):
     assert over_targets(other, "digits", "before")[0] == pytest.approx(
         np.mean([one["before"][0] for one in [*other["targets"]["digits"].values()][1:]])
     )
-    assert batch_table(other, "digits").rows[0][-2:] == ("", "")
+    assert statistics_table(other, "digits").rows[0][-2:] == ("", "")
     assert claims(other)
-    (first, *_), columns = batch_table(summary, "digits").rows, batch_table(summary, "digits").columns
-    assert first[0] == "digits noise 0.4"
-    assert len(first) == len(columns) == 3 + 2 + 3 + 2
-    (first, *_), columns = stream_table(summary, "digits").rows, stream_table(summary, "digits").columns
-    assert len(first) == len(columns) == 2 + 4 + 2
+    for made_by, num in ((statistics_table, 3 + 2 + 2), (blended_table, 2 + 3), (stream_table, 2 + 4 + 2)):
+        table = made_by(summary, "digits")
+        assert [row[0] for row in table.rows] == [*summary["targets"]["digits"]]
+        assert all(len(row) == len(table.columns) == num for row in table.rows)
 
 
 def test_means_and_deviations():
     assert deviation([0.5]) == 0.0
     assert deviation([0.1, 0.2, 0.3]) == pytest.approx(0.1)
     assert shown([0.5, 0.7]) == "60.0 ± 14.1"
+    assert [signed(x) for x in (0.123, -0.02, 0.0)] == ["+12.3", "−2.0", "+0.0"]
 
 
 def test_verdicts_follow_the_numbers(made):
@@ -238,7 +246,12 @@ def test_verdicts_follow_the_numbers(made):
     assert changed(entropy_stream_48=[0.7])[2] == "holds"
     assert changed(entropy_stream_48=[0.7, 0.5, 0.5])[2] == "misses"
     found = claims(summary)[0].ours
-    assert "of the gap to training there is closed" in found
+    assert "of the gaps to training there, taken together, are closed" in found
+    other = json.loads(json.dumps(summary))
+    for place, of in enumerate(other["targets"]["digits"].values()):
+        of["before"], of["there"] = [0.5], [(0.51, 0.7, 0.9)[place]]
+        of["runs"]["statistics 32"]["accuracy"] = [0.6]
+    assert "; 49% of the gaps" in claims(other)[0].ours  # 0.3 of 0.61: no gap weighs more for being small
 
 
 def test_pairs_are_judged_within_their_deviation(made):

@@ -148,12 +148,13 @@ def test_statistics_of_layers_off_the_usual_road(kind):
         model, x, rtol = model.bfloat16(), x.bfloat16(), 2e-2
     if kind == "called twice":
         model.append(model[1])
-    expected = pooled_by_hand(model, x.split(24))
+    expected, buffers = pooled_by_hand(model, x.split(24)), list(model.buffers())
     run = torch.compile(model, backend="eager") if kind == "compiled" else model
     report = adapt(run, x.split(24), logits=None)
     assert_near(model, expected, rtol)
     assert type(model[1]) is (Subclass if kind == "subclass" else nn.BatchNorm2d)
     assert model[1].running_mean.dtype == (torch.bfloat16 if kind == "bfloat16" else torch.float32)
+    assert all(a is b for a, b in zip(model.buffers(), buffers, strict=True))
     assert report.layers[0].num_calls == (4 if kind == "called twice" else 2)
 
 
@@ -283,6 +284,7 @@ def test_entropy_steps_gamma_and_beta_down_as_tent_defines_it(epochs):
     for name, norm in norms(reference).items():
         torch.testing.assert_close(norms(model)[name].weight, norm.weight.detach(), rtol=1e-9, atol=1e-10)
         torch.testing.assert_close(norms(model)[name].bias, norm.bias.detach(), rtol=1e-9, atol=1e-10)
+    assert torch.equal(report.layers[0].old_mean, classifier()[1].running_mean)
     # Statistics are those under the γ and β that were learned.
     assert_near(model, pooled_by_hand(model, batches), 1e-11)
     assert torch.equal(model[0].weight, classifier()[0].weight)
@@ -649,3 +651,14 @@ def test_stored_statistics_that_predict_nothing_are_replaced():
     report = adapt(model, [images()])
     assert report.before is None
     assert report.after.num_examples == 40
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_entropy_learns_inside_contexts_without_gradients(context):
+    expected, model, x = classifier(), classifier(), images()
+    adapt(expected, [x], method="entropy", trust=True)
+    with context():
+        adapt(model, [x], method="entropy", trust=True)
+    assert not torch.equal(model[1].weight, classifier()[1].weight)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, expected.state_dict()[name], msg=lambda m, n=name: f"{n}: {m}")

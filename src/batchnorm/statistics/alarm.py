@@ -153,7 +153,8 @@ class DriftAlarm:
             every: Check each so many batches; what a check costs is a pass over what the layers receive.
 
         Returns:
-            A handle that ends it; also a context manager.
+            A handle that ends it; also a context manager. Attach before `torch.compile`: code that is
+            compiled already calls no hooks, and the next batch says so.
         """
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")

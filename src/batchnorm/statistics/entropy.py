@@ -78,7 +78,7 @@ def learn(
         stepper = Adam(parameters, lr=rate) if optimizer is None else optimizer(parameters)
         for layer in layers.values():
             layer.training = True
-        with torch.enable_grad(), ignored(layers):
+        with torch.inference_mode(False), torch.enable_grad(), ignored(layers):
             for index, batch in enumerate(batch for _ in range(epochs) for batch in batches):
                 for p in parameters:
                     p.grad = None

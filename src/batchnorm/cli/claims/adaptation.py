@@ -10,7 +10,7 @@ from rich.console import Console
 from batchnorm.cli.tables import shown
 from batchnorm.reproduce.adaptation import Adaptation, run_experiment
 from batchnorm.reproduce.adaptation.job import BLENDED
-from batchnorm.reproduce.adaptation.page import batch_table, stream_table
+from batchnorm.reproduce.adaptation.page import blended_table, statistics_table, stream_table
 
 
 def run(argv: list[str]) -> None:
@@ -20,7 +20,8 @@ def run(argv: list[str]) -> None:
     console = Console()
     for source, targets in summary["targets"].items():
         if targets:
-            for found in (batch_table(summary, source), stream_table(summary, source)):
+            for made in (statistics_table, blended_table, stream_table):
+                found = made(summary, source)
                 left_out = _left_out(experiment, found.columns)
                 few = replace(found, caption="")
                 console.print(shown(few, f"{source}: {found.title}", left_out=left_out))

@@ -13,10 +13,10 @@ from batchnorm.reproduce.adaptation.summary import deviation, gains, mean, rows
 INTRO = """\
 A network trained in one domain meets images of another: other digits, or its own with noise, blur, little
 contrast, inverted, turned. Batch Normalization keeps a part of what it knows of its domain in statistics
-that can be measured again without labels. `batchnorm.adapt` does that in three ways; here is what each
+that can be measured again without labels. There are three ways to do that; here is what each
 brings, beside the same network trained in the domain itself.
 
-Sources: {sources}; {seeds} seeds, mean ± standard deviation, accuracy in % on all test images. Adapted on
+Sources: {sources}. Seeds: {seeds}; mean ± standard deviation, accuracy in % on all test images. Adapted on
 training images of the domain, without labels: on one batch of the size that a column names, or on a stream
 of {stream:,} examples (or as many as there are), in batches. Trained there: with the labels of all training
 images, for as long as the source; of each corruption at {strengths}.
@@ -35,7 +35,7 @@ and a linear layer. SGD with momentum 0.9 in batches of 128. On their own test i
 """
 
 REFUSED = """\
-"Refused" is of how many seeds `adapt` would have refused the data, unless told to trust them: their
+"Refused" is of how many seeds adapt would have refused the data, unless told to trust them: their
 predictions before are too one-sided. It cannot know that the classes are mixed, as they are here, and that
 it is the network which sees the same class everywhere.
 """
@@ -58,7 +58,7 @@ def write_report(summary: Mapping[str, Any], out: Path, environment: Mapping[str
             continue
         chart = size_chart(summary, source)
         draw(chart, out / f"{source}.png", size=(8, 4.2))
-        tables = [batch_table(summary, source), stream_table(summary, source)]
+        tables = [made(summary, source) for made in (statistics_table, blended_table, stream_table)]
         sections.append(
             Section(f"Trained on {source}", REFUSED, figures=[figure_of(chart.title, chart)], tables=tables)
         )
@@ -98,15 +98,13 @@ def _pair(summary: Mapping[str, Any], source: str, target: str, run: str) -> Cla
 
 def _corruptions(summary: Mapping[str, Any], run: str) -> Claim:
     found = {name: gain for name, gain in gains(summary, run).items() if len(name.split()) > 3}
-    worse = [f"{name} {100 * gain:+.1f}" for name, gain in found.items() if gain < 0]
-    closed = [
-        (mean(of["runs"][run]["accuracy"]) - mean(of["before"])) / (mean(of["there"]) - mean(of["before"]))
-        for _, target, of in rows(summary)
-        if " " in target and of["there"] is not None and mean(of["there"]) > mean(of["before"])
-    ]
+    worse = [f"{name} {signed(gain)}" for name, gain in found.items() if gain < 0]
+    own = [of for _, target, of in rows(summary) if " " in target and of["there"] is not None]
+    gained = sum(mean(of["runs"][run]["accuracy"]) - mean(of["before"]) for of in own)
+    closed = gained / sum(mean(of["there"]) - mean(of["before"]) for of in own)
     better = len(found) - len(worse)
-    said = f"better in {better} of {len(found)} domains, by {100 * mean([*found.values()]):.1f} points on "
-    said += f"average; {mean(closed):.0%} of the gap to training there is closed, on average"
+    said = f"better in {better} of {len(found)} domains, by {signed(mean([*found.values()]))} points on "
+    said += f"average; {closed:.0%} of the gaps to training there, taken together, are closed"
     return Claim(
         "They make networks robust to corrupted images.",
         "Schneider et al. (2020)",
@@ -124,8 +122,8 @@ def _few(summary: Mapping[str, Any], size: int) -> Claim:
         "With few examples a blend with the stored statistics is better.",
         "Schneider et al. (2020)",
         f"{size} examples: better than new statistics in {better} of {len(found)} domains, by "
-        f"{100 * mean([*found.values()]):+.1f} points on average; from a single image better than nothing in "
-        f"{sum(gain > 0 for gain in one.values())}, by {100 * mean([*one.values()]):+.1f}",
+        f"{signed(mean([*found.values()]))} points on average; from a single image better than nothing in "
+        f"{sum(gain > 0 for gain in one.values())}, by {signed(mean([*one.values()]))}",
         "holds" if better == len(found) else "partly" if 2 * better > len(found) else "misses",
         "a prior of 16 examples; partly: in more than half",
     )
@@ -138,7 +136,7 @@ def _entropy(summary: Mapping[str, Any], size: int) -> Claim:
     return Claim(
         "Entropy minimization in γ and β improves on new statistics.",
         "Wang et al. (2021), Tent",
-        f"better in {better} of {len(found)} domains, by {100 * mean([*found.values()]):+.1f} points on "
+        f"better in {better} of {len(found)} domains, by {signed(mean([*found.values()]))} points on "
         f"average; {undone} of {len(found) * summary['experiment']['seeds']} collapsed and were undone",
         "holds" if better == len(found) else "partly" if 2 * better > len(found) else "misses",
         f"one pass over the stream in batches of {size}, Adam at rate 0.001; partly: in more than half",
@@ -150,23 +148,43 @@ def shown(values: list[float]) -> str:
     return f"{100 * mean(values):.1f} ± {100 * deviation(values):.1f}"
 
 
-def batch_table(summary: Mapping[str, Any], source: str) -> Table:
-    """Before, on one batch of each size, and trained there."""
-    settings = summary["experiment"]
-    runs = [f"statistics {size}" for size in settings["examples"]]
-    runs += [f"blended {size}" for size in (BLENDED, *settings["examples"])]
-    columns = ("domain", "before", "refused", *runs, "trained there", "gap left")
+def signed(share: float) -> str:
+    """Points, with a sign."""
+    return f"{100 * share:+.1f}".replace("-", "−")
+
+
+def statistics_table(summary: Mapping[str, Any], source: str) -> Table:
+    """Before, with new statistics from one batch of each size, and trained there."""
+    sizes = summary["experiment"]["examples"]
+    columns = (
+        "domain",
+        "before",
+        "refused",
+        *(f"statistics {size}" for size in sizes),
+        "trained there",
+        "gap",
+    )
     found = []
     for target, of in summary["targets"][source].items():
-        after = [of["runs"][run]["accuracy"] for run in runs]
-        last = of["runs"][runs[len(settings["examples"]) - 1]]["accuracy"]
+        after = [of["runs"][f"statistics {size}"]["accuracy"] for size in sizes]
+        refused = f"{sum(of['refused'])} of {len(of['refused'])}"
         there = ("", "")
         if of["there"] is not None:
-            there = (shown(of["there"]), f"{100 * (mean(of['there']) - mean(last)):.1f}")
-        refused = f"{sum(of['refused'])} of {len(of['refused'])}"
+            there = (shown(of["there"]), signed(mean(of["there"]) - mean(after[-1])))
         found.append((target, shown(of["before"]), refused, *map(shown, after), *there))
-    caption = f"gap left: trained there less statistics of {settings['examples'][-1]:,} examples, points"
-    return Table("Adapted on one batch", columns, found, caption)
+    caption = f"gap: trained there less statistics of {sizes[-1]:,} examples, points"
+    return Table("New statistics from one batch", columns, found, caption)
+
+
+def blended_table(summary: Mapping[str, Any], source: str) -> Table:
+    """Before, and with blended statistics from one batch of each size."""
+    sizes = (BLENDED, *summary["experiment"]["examples"])
+    columns = ("domain", "before", *(f"blended {size}" for size in sizes))
+    found = [
+        (target, shown(of["before"]), *(shown(of["runs"][f"blended {size}"]["accuracy"]) for size in sizes))
+        for target, of in summary["targets"][source].items()
+    ]
+    return Table("Statistics blended with the stored ones, a prior of 16 examples", columns, found)
 
 
 def stream_table(summary: Mapping[str, Any], source: str) -> Table:
