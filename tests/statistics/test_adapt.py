@@ -662,3 +662,21 @@ def test_entropy_learns_inside_contexts_without_gradients(context):
     assert not torch.equal(model[1].weight, classifier()[1].weight)
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, expected.state_dict()[name], msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("method", ["statistics", "blended", "entropy"])
+def test_what_fails_at_the_very_end_leaves_nothing_behind(method):
+    model, x = classifier(), images(64)
+    before, weights = bits(model), []
+
+    def fails_once_adapted(output):
+        adapted = not torch.equal(model[1].running_mean, before["1.running_mean"])
+        weights.append(adapted and not model[1].training)
+        if weights[-1] and (method != "entropy" or not torch.equal(model[1].weight, before["1.weight"])):
+            raise TypeError("mine")
+        return output
+
+    with pytest.raises(TypeError, match="mine"):
+        adapt(model, x.split(32), method=method, logits=fails_once_adapted, trust=True)
+    assert any(weights)
+    assert_same_bits(model, before)
