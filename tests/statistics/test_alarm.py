@@ -297,3 +297,23 @@ def test_batches_that_cannot_be_checked_are_refused(alarm):
         alarm.attach(every=0)
     with pytest.raises(ValueError, match="Linear has no batch normalization with stored statistics"):
         DriftAlarm(nn.Linear(2, 2), [])
+
+
+def test_a_channel_that_never_moves_is_measured_against_a_hundredth_of_a_deviation():
+    model = trained()
+    model[0].weight.data[2] = 0
+    model[0].bias.data[2] = 1.0
+    recalibrate(model, [source(500, 0)])
+    model[1].running_var[2] = 4.0
+    alarm = DriftAlarm(model, [source(1000, 1)], false_alarm_rate=0.05)
+    assert 1 < alarm.threshold(32) < 100
+    x = source(32, 3)
+    found = []
+    for moved in (0.0, 1e-5, 0.2):  # deviations
+        model[0].bias.data[2] = 1.0 + 2 * moved
+        found.append(alarm.check(x))
+    assert [check.alarm for check in found] == [False, False, True]
+    # Mean squares move by 0.04, which is less than means by 0.2: squares in units of 0.01² (1/32 + 1/500).
+    usual = alarm._of_source(32)[0][0].item()
+    gained = (0.2**2 + 0.04**2) / (0.01**2 * (1 / 32 + 1 / 500)) / 12
+    assert found[2].layers["1"] - found[0].layers["1"] == pytest.approx(gained / usual, rel=1e-2)
