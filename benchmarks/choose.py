@@ -46,8 +46,7 @@ def main() -> None:
     for batch_size in arguments.batch_sizes:
         choice = bn.choose(network, data, batch_size=batch_size, budget_s=arguments.budget)
         print(f"batch size {batch_size}\n{choice}\n", flush=True)
-        choice.save(arguments.out / f"batch-{batch_size}.json")
-        choice.write_page(arguments.out / f"batch-{batch_size}.html", f"Batch size {batch_size}")
+        choice.save(arguments.out / f"cifar10-batch-{batch_size}.json")
 
 
 if __name__ == "__main__":

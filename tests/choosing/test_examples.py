@@ -39,11 +39,12 @@ def batches():
         TensorDataset(X, Y),
         DataLoader(TensorDataset(X, Y), batch_size=4, shuffle=True, drop_last=True),
         DataLoader(Stream(), batch_size=4),
+        DataLoader(list(batches()), batch_size=None),
         list(batches()),
         batches(),
         [[X[:5], Y[:5]], [X[5:], Y[5:]]],
     ],
-    ids=["tensors", "dataset", "loader", "stream", "batches", "iterator", "lists"],
+    ids=["tensors", "dataset", "loader", "stream", "loader of batches", "batches", "iterator", "lists"],
 )
 def test_examples_are_taken_by_number_wherever_they_come_from(data):
     examples = examples_of(data, None)

@@ -66,7 +66,9 @@ def examples_of(data: Any, limit: int | None) -> Examples:
         TypeError: It holds no examples that can be told apart.
         ValueError: It is empty, or its batches do not fit together.
     """
-    if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
+    # A loader without a batch size gives what its dataset holds, which are batches then.
+    makes_batches = isinstance(data, DataLoader) and data.batch_sampler is not None
+    if makes_batches and not isinstance(data.dataset, IterableDataset):
         return Mapped(data.dataset, data.collate_fn)
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         if not hasattr(data, "__len__"):
