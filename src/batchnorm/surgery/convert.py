@@ -43,7 +43,9 @@ def convert(
             ``nn.Sequential`` that holds the layer, and is carried again on the way back. "synced" for
             the layers of this package that normalize by the batch of several ranks, as one process
             with all of it would, also from ``SyncBatchNorm``; outside a process group they do what
-            the plain ones do. "ghost" for those that normalize virtual batches.
+            the plain ones do. "ghost", "renorm", "accumulated", "evalnorm" and "whitened" for those that
+            normalize virtual batches (`batchnorm.layers.Ghost`), correct towards running statistics
+            (`Renorm`), and so on; such a kind differs from the plain one in some mode by intent.
         example: An input tensor, or a tuple of positional arguments, on the model's device. With one,
             outputs, gradients and statistics of both models are compared on it, in both modes but for
             those in which the kinds differ by intent; there the new model has to run.
@@ -55,7 +57,7 @@ def convert(
             the first call for a size makes the groups. For "ghost" ``ghost_size``, the examples in a
             virtual batch. For "accumulated" ``micro_batches`` in a window; for "evalnorm" the
             ``batch_size`` of training, or ``example_weight``; for "whitened" ``group_channels`` and
-            ``iterations``.
+            ``iterations``; for "renorm" ``r_max`` and ``d_max``, numbers or functions of the step.
 
     Returns:
         The new model and the report: every change, everything left alone with its reason, the
