@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import batchnorm as bn
+from batchnorm.layers.evalnorm import blended
 
 CLASSES = {
     "1d (N, C)": (bn.EvalNorm1d, bn.BatchNorm1d, 4, (4,), {}),
@@ -127,6 +128,15 @@ def test_moments_are_over_the_positions_that_count(channel_dim):
         if shown.any():
             torch.testing.assert_close(out[shown], reference(example[shown], layer, 0.25))
         assert not out[~shown].any()
+
+
+def test_an_example_of_nothing_is_expected_to_be_as_the_population():
+    mean, var = torch.tensor([2.0, -1.0]), torch.tensor([3.0, 0.5])
+    nothing = torch.zeros(2, 2)
+    blend = blended(nothing, nothing, torch.tensor([[0], [4]]), mean, var, 0.5)
+    assert torch.equal(blend[0][0], mean)
+    assert torch.equal(blend[1][0], var)
+    torch.testing.assert_close(blend[0][1], mean / 2)
 
 
 def test_one_value_per_channel_under_a_mask_and_empty_inputs():

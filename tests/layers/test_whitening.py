@@ -81,6 +81,17 @@ def test_the_error_of_rounding_does_not_grow_with_the_iterations():
         assert (as_rows(layer(x.float())) - truth).abs().max() < 2e-2  # covariances of condition 10⁷
 
 
+def test_covariances_far_from_zero_are_around_the_refined_mean():
+    # In float32 the first mean of values near a million is off by hundredths.
+    x = correlated((3000, 4), offset=1e6, dtype=torch.float32)
+    found = whitening.comoments(x, 4, None, 1)
+    rows = x.double()
+    torch.testing.assert_close(found.mean.double(), rows.mean(0), rtol=1e-7, atol=0)
+    torch.testing.assert_close(found.cov.double(), torch.cov(rows.T, correction=0), rtol=1e-5, atol=1e-5)
+    wrong_mean = x.sum(0) / len(x)
+    assert (wrong_mean.double() - rows.mean(0)).square().max() > 1e-4
+
+
 @pytest.mark.parametrize(("cls", "plain", "shape"), CLASSES.values(), ids=CLASSES)
 def test_groups_of_one_channel_are_plain_batch_normalization(cls, plain, shape):
     x = correlated(shape)
@@ -370,6 +381,8 @@ def test_tools_that_know_no_covariances_say_so():
     new, report = bn.fold(model, x)
     assert torch.equal(new(x), model(x))
     assert [str(r.reason) for r in report.refusals] == [layer.mixes]
+    with pytest.raises(ValueError, match="running covariances are not pooled; recalibrate"):
+        bn.pool_statistics(layer)
     with pytest.raises(ValueError, match=r"do not move under torch\.func transforms"):
         torch.vmap(layer.train())(torch.randn(3, 8, 4))
 
