@@ -358,6 +358,18 @@ def test_recalibration_finds_the_covariances_of_the_population(method):
         torch.testing.assert_close(model[4].running_cov[:2], torch.cov(second[:, :2].T))
 
 
+@pytest.mark.parametrize("method", ["statistics", "blended"])
+def test_adaptation_takes_the_covariances_along(method):
+    model = nn.Sequential(bn.WhitenedBatchNorm1d(4, group_channels=3), nn.Linear(4, 2)).double()
+    x = correlated((60, 4), offset=1)
+    options = {"prior": 20} if method == "blended" else {}
+    bn.adapt(model, x.split(20), method=method, **options)
+    share = 60 / 80 if method == "blended" else 1.0
+    expected = (1 - share) * torch.eye(3).double() + share * torch.cov(x[:, :3].T)
+    torch.testing.assert_close(model[0].running_cov[:3], expected)
+    torch.testing.assert_close(model[0].running_var[:3], expected.diagonal())
+
+
 def test_populations_of_parts_merge_through_files(tmp_path):
     from batchnorm.statistics import Population
 

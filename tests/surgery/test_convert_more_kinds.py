@@ -99,7 +99,7 @@ def test_accelerate_fuses_activations_into_them():
             torch.testing.assert_close(grads[0], grads[1], msg=lambda m, to=to: f"{to}: {m}")
 
 
-def test_diagnosis_and_recalibration_run_on_them():
+def test_a_sound_network_of_these_kinds_has_no_finding_that_is_wrong():
     batches = list(torch.randn(4, 16, 3, 6, 6))
     for to, (options, _, _) in KINDS.items():
         net, _ = bn.convert(network(), to=to, **options)
@@ -107,9 +107,12 @@ def test_diagnosis_and_recalibration_run_on_them():
             net(x)
         bn.recalibrate(net, batches)
         before = copy.deepcopy(net.state_dict())
-        found = bn.diagnose(net, batches)
-        assert not any(f.level == "wrong" and f.cause == "stale" for f in found.findings), to
+        found = bn.diagnose(net, batches).findings
+        assert not [f.cause for f in found if f.level == "wrong"], to
         assert all(torch.equal(before[n], t) for n, t in net.state_dict().items())
+        net[1].running_mean.add_(5)
+        found = bn.diagnose(net, batches).findings
+        assert [f.layers[0] for f in found if f.level == "wrong"][:1] == ["1"], to
 
 
 @pytest.mark.parametrize("to", ["whitened", "evalnorm"])

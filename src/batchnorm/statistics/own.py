@@ -75,8 +75,7 @@ class _Taker:
         return True
 
     def _pass_on(self, moments: Moments) -> None:
-        mean, var = moments.mean.detach(), moments.var.detach()
-        self.record(self.name, Moments(mean.double().flatten(), var.double().flatten(), moments.count))
+        self.record(self.name, moments.map(lambda t: t.detach().double()).flat())
 
 
 def ignored(layers: dict[str, _BatchNorm]) -> Any:
