@@ -10,7 +10,7 @@ from typing import Any, Literal
 import tyro
 from rich.console import Console
 
-from batchnorm.bench import adapt, clusters, fold, kinds, memory, ranks, step, watch, whitening
+from batchnorm.bench import adapt, clusters, fold, kinds, memory, ranks, recurrent, step, watch, whitening
 from batchnorm.bench.networks import NETWORKS, Network
 from batchnorm.bench.results import append, default_path, occasions, picture
 from batchnorm.bench.shapes import SMALL_AND_ODD, inception_shapes, resnet50_shapes
@@ -31,6 +31,7 @@ Side-by-side figures on this machine: medians over rounds in which all contender
   watch     what a recorder adds to training, at its defaults
   export    an exported file in onnxruntime: its answers and its speed, beside the model's
   adapt     adaptation to another domain, and an alarm, beside plain inference
+  recurrent batch-normalized LSTM and GRU layers beside torch's
   ranks     data-parallel steps of 1, 2 and 4 processes: local and synced BN, measured and by the model
   scaling   the model of step time alone, for 1 to 1,024 GPUs: arithmetic, nothing is measured
 
@@ -220,6 +221,18 @@ class Adapt(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Recurrent(Common):
+    """Forward and backward of batch-normalized LSTM and GRU layers, torch's, and a loop over cells."""
+
+    cases: tuple[recurrent.Case, ...] = recurrent.CASES
+    """Sequences of 28 rows, of 196 pixels, and of 50 steps with 256 hidden units."""
+    rounds: int = 9
+    """Samples of each contender."""
+    threads: int = 1
+    """PyTorch's threads; 0 leaves its own choice."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Ranks(Common):
     """Training steps of several gloo processes on this machine: local and synced BN beside torch.nn's."""
 
@@ -260,6 +273,7 @@ KINDS: dict[str, type[Common | Scaling]] = {
     "watch": Watch,
     "export": Export,
     "adapt": Adapt,
+    "recurrent": Recurrent,
     "ranks": Ranks,
     "scaling": Scaling,
 }
@@ -442,6 +456,16 @@ def _adapt(options: Any, path: Path, console: Console) -> None:
         console.print(table)
 
 
+def _recurrent(options: Any, path: Path, console: Console) -> None:
+    with Console(stderr=True).status("recurrent") as status:
+        found = recurrent.measure(
+            cases=options.cases, rounds=options.rounds, threads=options.threads, progress=status.update
+        )
+    append(path, "recurrent", found, threads=options.threads, rounds=options.rounds)
+    for table in TABLES["recurrent"](found):
+        console.print(table)
+
+
 def _ranks(options: Any, path: Path, console: Console) -> None:
     arguments = {n: getattr(options, n) for n in ("networks", "ranks", "rounds", "steps", "threads")}
     with Console(stderr=True).status("ranks") as status:
@@ -462,5 +486,6 @@ MEASURES: dict[str, Callable[[Any, Path, Console], None]] = {
     "watch": _watch,
     "export": _export,
     "adapt": _adapt,
+    "recurrent": _recurrent,
     "ranks": _ranks,
 }

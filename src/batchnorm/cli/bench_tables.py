@@ -155,6 +155,19 @@ def _adapt_tables(found: Sequence[Mapping[str, Any]]) -> list[Table]:
     return tables
 
 
+def _recurrent_tables(found: Sequence[Mapping[str, Any]]) -> list[Table]:
+    tables = []
+    for row in found:
+        table = Table("", "ms", "ratio", title=row["case"])
+        for name, seconds in row["seconds"].items():
+            table.add_row(
+                name, _quartiles([1000 * s for s in seconds], "{:.2f}"), f"{row['ratio'][name]:.2f}"
+            )
+        table.caption = "forward and backward; medians; in brackets: quartiles"
+        tables.append(table)
+    return tables
+
+
 def _ranks_tables(found: Sequence[Mapping[str, Any]]) -> list[Table]:
     tables = []
     for network in found:
@@ -224,6 +237,7 @@ TABLES: dict[str, Callable[[Any], list[Table]]] = {
     "watch": _watch_tables,
     "export": _export_tables,
     "adapt": _adapt_tables,
+    "recurrent": _recurrent_tables,
     "ranks": _ranks_tables,
 }
 """From a benchmark's results to what is printed, by kind."""
