@@ -110,7 +110,10 @@ def test_a_step_no_sequence_has_reached_takes_the_last_that_one_has():
     # Alone at a step without statistics, too.
     mean, var, _ = stats(norm, 2)
     torch.testing.assert_close(norm(x[:1], 3), 0.1 * (x[:1] - mean) / (var + norm.eps).sqrt())
-    fresh = StepwiseBatchNorm(2, 5).double().eval()
+    fresh = StepwiseBatchNorm(2, 5).double()
+    fresh(x + 3, 0)
+    assert torch.equal(fresh.eval()(x, 3), fresh(x, 0))
+    fresh.reset_parameters()
     torch.testing.assert_close(fresh(x, 3), 0.1 * x / math.sqrt(1 + 1e-5))
 
 
@@ -280,6 +283,32 @@ def test_dropout_between_layers_and_not_after_the_last():
     assert a.ne(0).all()
     layer.eval()
     assert torch.equal(layer(x)[0], layer(x)[0])
+
+
+@both
+def test_the_last_of_a_batch_may_go_on_alone(layer_class):
+    layer = layer_class(F, H, 4).double()
+    x = torch.randn(4, 5, F, dtype=torch.float64)
+    layer(x)
+    before = copy.deepcopy(layer.state_dict())
+    out, _ = layer(x[2:, :1], first_step=2)
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+    assert torch.equal(out, layer.eval()(x[2:, :1], first_step=2)[0])
+    cell_class = bn.BatchNormLSTMCell if layer_class is bn.BatchNormLSTM else bn.BatchNormGRUCell
+    cell = cell_class(F, H, 4).double()
+    cell.load_state_dict({name.replace("_l0", ""): value for name, value in before.items()})
+    h = cell(x[2, :1], step=2)
+    torch.testing.assert_close(h if torch.is_tensor(h) else h[0], out[0])
+
+
+def test_a_batch_of_one_is_refused_unless_all_is_frozen():
+    layer = bn.BatchNormGRU(F, H, 2)
+    x = torch.randn(2, 1, F)
+    bn.freeze(layer, except_="norm_hh_l0.steps.1")
+    with pytest.raises(ValueError, match="two sequences"):
+        layer(x)
+    bn.freeze(layer)
+    assert torch.equal(layer(x)[0], layer.eval()(x)[0])
 
 
 # Everything that looks for normalizations.
