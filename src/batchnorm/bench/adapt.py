@@ -43,7 +43,7 @@ def measure(
 
     Returns:
         For each network ``seconds`` of each contender for all the batches (median and quartiles) and its
-        ``throughput``, that of inference being 1. "adapt" is the whole of it, with predictions of 512
+        ``throughput``, that of inference being 1. "adapt" is the whole of it, with predictions of 256
         examples before and after; "adapt, statistics alone" is without them.
     """
     found = []
@@ -66,9 +66,9 @@ def _measure(network: Network, batch: int, num_batches: int, rounds: int) -> dic
         "inference": lambda: _infer(net, images),
         "adapt": lambda: adapt(net, images, trust=True),
         "adapt, statistics alone": lambda: adapt(net, images, logits=None, trust=True),
-        "adapt, entropy": lambda: adapt(net, images, method="entropy", rate=1e-9, trust=True),
         "inference of one batch": lambda: _infer(net, few),
         "adapt, blended, one batch": lambda: adapt(net, few, method="blended", trust=True),
+        "adapt, entropy, one batch": lambda: adapt(net, few, method="entropy", rate=1e-9, trust=True),
     }
     if batch <= alarm.largest_batch:
         alarm.attach(lambda check: None)

@@ -30,7 +30,7 @@ def adapt(
     rate: float | None = None,
     optimizer: MakeOptimizer | None = None,
     epochs: int | None = None,
-    check: int = 512,
+    check: int = 256,
     trust: bool = False,
 ) -> AdaptationReport:
     """Adapt a trained network to the domain of unlabelled data, in place, in its batch normalizations alone.

@@ -21,6 +21,8 @@ BATCH_SIZE = 128
 RATES = {"grey": 0.1, "colour": 0.2}
 """Largest rate of SGD with momentum 0.9, which rises and falls within the training."""
 DECAY = 5e-4
+CHECKED = 512
+"""Examples that predictions before and after are told of."""
 BLENDED = 1
 """A size that "blended" alone is tried at."""
 
@@ -122,7 +124,7 @@ def adapted(experiment: Adaptation, model: nn.Module, target: str, seed: int) ->
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of a collapse: it is in the report
             # Trusted: the classes are mixed, as is known here and nowhere else.
-            report = adapt(model, batches, trust=True, **options)
+            report = adapt(model, batches, trust=True, check=CHECKED, **options)
         with report:
             assert report.before is not None
             assert report.after is not None
