@@ -30,7 +30,7 @@ class Adaptation:
     several sizes, or blended; γ and β learn by entropy; and the same network is trained in the domain itself,
     from as many labelled images. Adapted on unlabelled training images of the domain, and tested
     on its test images. Writes result.json, pictures and report.html into --out; a second call does only what
-    is missing. A minute for digits; for mnist, usps and cifar10 together less than an hour on one.
+    is missing. A minute for digits; for mnist, usps and cifar10 together less than an hour on one core.
     """
 
     sources: tuple[str, ...] = ("digits",)
