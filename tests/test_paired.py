@@ -71,6 +71,21 @@ def test_pairs_needed_tell_the_mean_apart_and_fewer_do_not():
     assert Paired((1.0, 1.0)).pairs_needed() == 2
 
 
+@given(st.lists(st.floats(-1, 3), min_size=2, max_size=6), st.sampled_from([0.9, 0.95, 0.99]))
+def test_pairs_needed_are_the_fewest(values, confidence):
+    paired = Paired(tuple(values), confidence)
+    needed = paired.pairs_needed(500)
+
+    def tells(pairs):
+        return student_t(pairs - 1, confidence) * paired.std < abs(paired.mean) * math.sqrt(pairs)
+
+    if needed is None:
+        assert not tells(499)
+    else:
+        assert tells(needed)
+        assert needed == 2 or not tells(needed - 1)
+
+
 @pytest.mark.parametrize(("first", "second"), [([1.0], [1.0, 2.0]), ([], [])], ids=["uneven", "nothing"])
 def test_what_is_not_paired_is_refused(first, second):
     with pytest.raises(ValueError, match=f"got {len(first)} and {len(second)}"):

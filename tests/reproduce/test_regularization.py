@@ -191,6 +191,18 @@ def test_verdicts_follow_the_numbers(tmp_path, with_bn, verdicts):
     assert [claim.verdict for claim in claims(summary)] == verdicts
 
 
+def test_dropout_that_helps_at_fewer_batch_sizes_with_bn_is_partly_needed(tmp_path):
+    experiment, parts = planted(tmp_path, {**EVEN, ("bn", 0.0): (0.90, 0.92), ("bn", 0.5): (0.95, 0.97)})
+    for seed in range(2):
+        parts[f"bn-dropout-0.5-batch-16-seed-{seed}"] = {"runs": [run_of(r, 0.5) for r in (0.03, 0.1)]}
+    claim = claims(summarize(experiment, parts))[0]
+    assert claim.verdict == "partly"
+    assert "with BN batch 4: +5.00 ± 0.00 (p = 0.5); batch 16: −41.00 ± 12.71 (p = 0.5)." in claim.ours
+    assert (
+        "Of all 2 cells with BN dropout helps for certain in 1 and hurts in 1; without BN in 2" in claim.note
+    )
+
+
 def test_gains_and_interaction_by_hand(tmp_path):
     summary = summarize(*planted(tmp_path, {**EVEN, ("bn", 0.0): (0.90, 0.92), ("bn", 0.5): (0.91, 0.89)}))
     row = summary["dropout"][0]
