@@ -496,7 +496,11 @@ def test_outputs_with_a_loss_of_their_own():
         ({"loss": lambda output, batch: 3.0}, TypeError, r"loss\(output, batch\) must be a tensor"),
         ({"metric": lambda model: "good"}, TypeError, r"metric\(model\) must return one number"),
     ],
-    ids=lambda value: str(value) if isinstance(value, dict) else "",
+    ids=lambda value: (
+        ", ".join(f"{k}={v if not callable(v) else k}" for k, v in value.items())
+        if isinstance(value, dict)
+        else ""
+    ),
 )
 def test_wrong_arguments_are_refused(change, error, says):
     with pytest.raises(error, match=says):
