@@ -67,6 +67,16 @@ def test_a_layer_moves_what_later_steps_share_once(layer_class):
     assert [stats(norm, 1)[2] for norm in layer.children()] == [1] * len(list(layer.children()))
 
 
+@both
+def test_a_piece_beyond_the_last_moves_it_once_too(layer_class):
+    layer = layer_class(F, H, 2, momentum=None).double()
+    x = torch.randn(2, 6, F, dtype=torch.float64)
+    layer(x, first_step=2)
+    mean, _, moved = stats(layer.norm_ih_l0, 1)
+    assert moved == 1
+    torch.testing.assert_close(mean, (x @ layer.weight_ih_l0.T).detach().flatten(0, 1).mean(0))
+
+
 def test_a_failed_sequence_moves_nothing_that_is_shared():
     norm = StepwiseBatchNorm(2, 1)
 
