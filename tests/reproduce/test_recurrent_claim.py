@@ -181,13 +181,14 @@ def test_targets_are_the_plain_networks_best(tmp_path):
     found = summarize(experiment, plain(parts))
     task = found["tasks"]["rows"]
     assert task["best_rate"] == 0.01
-    assert task["targets"] == {"plain": pytest.approx(0.3), "plain_at_best": pytest.approx(0.5)}
+    assert task["targets"] == {"plain": 0.2, "plain_at_best": 0.4}
     normalized = task["networks"][-1]
-    assert normalized["steps_to"] == {"plain": [10, None], "plain_at_best": [20, None]}
+    assert normalized["steps_to"] == {"plain": [10, 10], "plain_at_best": [20, None]}
     assert normalized["gradients"][0]["ratio"] == [0.5, 0.5]
     shown = accuracy_table(found, "rows").rows[-1]
     assert shown[2] == "85.0 ± 7.1"
-    assert shown[3] == "10 (10, never)"
+    assert shown[3] == "10 (10, 10)"
+    assert shown[4] == "20 (20, never)"
 
 
 def test_steps_to_a_target():

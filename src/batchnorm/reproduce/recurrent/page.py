@@ -96,21 +96,19 @@ def _faster(summary: Mapping[str, Any], task: str) -> Claim:
         plain = found_for(summary, task, "plain", rate)
         theirs, ours = (middle_of(one["steps_to"][name]) for one in (plain, normalized))
         target = of_task["targets"][name]
-        ratio = None if ours is None or theirs is None else theirs / ours
-        ratios.append(ratio)
-        speed = "" if ratio is None else f": {ratio:.1f}×"
+        assert theirs is not None  # half of the seeds reach their median
+        ratios.append(0.0 if ours is None else theirs / ours)
         sayings.append(
-            f"to the mean best accuracy of the LSTM at rate {rate:g}, {target:.1%}: {_steps(ours)} against "
-            f"{_steps(theirs)}{speed}"
+            f"to the median best accuracy of the LSTM at rate {rate:g}, {target:.1%}: {_steps(ours)} against "
+            f"{theirs:,}" + ("" if ours is None else f": {theirs / ours:.1f}×")
         )
         if rate == summary["experiment"]["rate"] and rate == of_task["best_rate"]:
             break
-    worst = min((ratio or 0.0) for ratio in ratios)
     return Claim(
         f"A batch-normalized LSTM takes fewer steps: {task}.",
         "trains faster in every task shown",
         "; ".join(sayings),
-        "holds" if worst > 1 else "partly" if (ratios[0] or 0.0) > 1 else "misses",
+        "holds" if min(ratios) > 1 else "partly" if ratios[0] > 1 else "misses",
         "steps, not seconds: one of them takes longer, see the table; partly: than the LSTM at the same rate",
     )
 
@@ -208,8 +206,8 @@ def accuracy_table(summary: Mapping[str, Any], task: str) -> Table:
         "ms a step",
     )
     caption = (
-        "Mean ± deviation of the seeds. Targets: the mean best of the plain LSTM at the common rate, and at "
-        f"its best, {of_task['best_rate']:g}. A step's time is the processor's, with evaluations."
+        "Mean ± deviation of the seeds. Targets: the median best of the plain LSTM at the common rate, and "
+        f"at its best, {of_task['best_rate']:g}. A step's time is the processor's, with evaluations."
     )
     return Table(f"{task}: accuracy", columns, rows, caption)
 

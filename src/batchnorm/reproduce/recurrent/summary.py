@@ -16,8 +16,8 @@ def summarize(experiment: Recurrent, parts: Mapping[str, Any]) -> dict[str, Any]
 
     Returns:
         ``experiment``; and ``tasks``, by name: ``networks``, what `_network` says of each, in the order of
-        `Recurrent.networks`; ``best_rate``, of the plain LSTM; and ``targets``, the mean over seeds of the
-        best accuracy of the plain LSTM at the common rate (``plain``) and at its best (``plain_at_best``).
+        `Recurrent.networks`; ``best_rate``, of the plain LSTM; and ``targets``, the lower median of its
+        seeds' best accuracies at the common rate (``plain``) and at its best (``plain_at_best``).
     """
     tasks = {}
     for task in experiment.tasks:
@@ -30,7 +30,7 @@ def summarize(experiment: Recurrent, parts: Mapping[str, Any]) -> dict[str, Any]
             )
             for kind, rate in experiment.networks()
         ]
-        best = {one["rate"]: float(np.mean(one["best"])) for one in networks if one["kind"] == "plain"}
+        best = {one["rate"]: _lower_median(one["best"]) for one in networks if one["kind"] == "plain"}
         best_rate = max(best, key=best.__getitem__)
         targets = {"plain": best[experiment.rate], "plain_at_best": best[best_rate]}
         for one in networks:
@@ -50,8 +50,13 @@ def steps_to(steps: Sequence[int], accuracy: Sequence[float | None], target: flo
 
 def middle_of(steps: Sequence[int | None]) -> int | None:
     """The lower median of the seeds' steps; None, never, where most seeds have none."""
-    ordered = sorted(steps, key=lambda step: float("inf") if step is None else step)
-    return ordered[(len(ordered) - 1) // 2]
+    found = _lower_median([float("inf") if step is None else step for step in steps])
+    return None if found == float("inf") else int(found)
+
+
+def _lower_median(values: Sequence[float]) -> float:
+    """A value that at least half of the seeds reach."""
+    return sorted(values)[(len(values) - 1) // 2]
 
 
 def _network(kind: str, rate: float, seeds: Sequence[Mapping[str, Any]], last: int) -> dict[str, Any]:
