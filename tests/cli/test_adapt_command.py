@@ -2,12 +2,15 @@
 
 import sys
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 import batchnorm as bn
 from batchnorm.cli import main
 from batchnorm.cli.saved import load_weights
+from batchnorm.data import load
 
 MODULE = """
 import torch
@@ -135,3 +138,23 @@ def test_what_is_refused_writes_nothing(foreign, capsys, case):
     assert not list(folder.glob("x*"))
     assert (folder / "there.pt").read_bytes() == b"older"
     assert (folder / "other.safetensors").read_bytes() == b"other"
+
+
+def test_a_run_is_adapted_to_another_data_set_in_the_size_of_its_own(tmp_path, capsys):
+    random = np.random.default_rng(0)
+    images = {
+        f"x_{part}": random.integers(0, 256, (48, 16, 16), dtype=np.uint8) for part in ("train", "test")
+    }
+    np.savez(tmp_path / "usps.npz", **images, y_train=np.arange(48) % 10, y_test=np.arange(48) % 10)
+    run, out = tmp_path / "run", tmp_path / "usps.safetensors"
+    assert main(["train", "bn-mlp", "--data", "digits", "--steps", "2", "--out", str(run)]) == 0
+    flags = ["--data", "usps", "--data-dir", str(tmp_path), "--trust", "--out", str(out)]
+    assert main(["adapt", str(run), *flags]) == 0
+    assert "accuracy on test images" in capsys.readouterr().out
+    adapted = safetensors.torch.load_file(out)
+    seen = load("usps", tmp_path, size=28).train_images.reshape(48, -1)
+    first = adapted["linear1.weight"] @ torch.from_numpy(seen > 127).float().T
+    torch.testing.assert_close(adapted["sigmoid1_bn.running_mean"], first.mean(1), rtol=1e-4, atol=1e-4)
+    flags = ["--data", "cifar10", "--data-dir", str(tmp_path), "--out", str(tmp_path / "other.safetensors")]
+    assert main(["adapt", str(run), *flags]) == 2
+    assert not (tmp_path / "other.safetensors").exists()

@@ -31,6 +31,24 @@ def test_images_and_labels_are_the_files(tmp_path, place, save):
     assert data.image_shape == (16, 16)
 
 
+def test_in_the_frame_of_mnist(tmp_path):
+    given = arrays()
+    given["x_train"][0] = 200
+    given["x_train"][1] = np.arange(16, dtype=np.uint8) * 10  # darker to the right
+    np.savez(tmp_path / "usps.npz", **given)
+    data = load("usps", tmp_path, size=28)
+    assert data.image_shape == (28, 28)
+    assert data.train_images.dtype == np.uint8
+    outside = np.ones((28, 28), bool)
+    outside[4:24, 4:24] = False
+    assert not data.train_images[:, outside].any()
+    assert not data.test_images[:, outside].any()
+    assert (data.train_images[0, 4:24, 4:24] == 200).all()
+    # Pixel i of 20 lies at 0.8 (i + 1/2) - 1/2 of 16.
+    places = np.clip(0.8 * (np.arange(20) + 0.5) - 0.5, 0, 15)
+    np.testing.assert_allclose(data.train_images[1, 4:24, 4:24], np.tile(10 * places, (20, 1)), atol=0.5)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -63,8 +81,8 @@ def test_a_missing_file_says_how_to_make_it(tmp_path):
 
 def test_sizes_that_usps_does_not_come_in_are_refused(tmp_path):
     np.savez(tmp_path / "usps.npz", **arrays())
-    with pytest.raises(ValueError, match="usps images come in 16 pixels only, not in 28"):
-        load("usps", tmp_path, size=28)
+    with pytest.raises(ValueError, match="usps images come in 16 pixels only, not in 24"):
+        load("usps", tmp_path, size=24)
 
 
 def test_the_real_ones(real_data):

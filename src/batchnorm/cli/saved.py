@@ -84,7 +84,11 @@ def open_saved(
     if (Path(model) / RECIPE_FILE).is_file():
         folder = Path(model)
         recipe, facts = read_run(folder)
-        data = data_of(facts, data_dir) if source is None else open_data(source, data_dir)
+        data = (
+            data_of(facts, data_dir)
+            if source is None
+            else open_data(source, data_dir, size=facts["image_shape"][-1])
+        )
         built = build_model(recipe, image_shape(recipe, data), len(data.classes))
         averaged = False
         if weights is None:
@@ -113,10 +117,10 @@ def open_saved(
     return Saved(built.eval(), recipe, data, averaged)
 
 
-def open_data(source: str, data_dir: Path | None) -> Data:
-    """Data by name, or images on disk by place."""
+def open_data(source: str, data_dir: Path | None, *, size: int | None = None) -> Data:
+    """Data by name, of a size that a network takes if it is given, or images on disk by place."""
     if source in SOURCES or not ("/" in source or Path(source).is_dir()):
-        return load(source, data_dir)
+        return load(source, data_dir, size=size)
     return open_images(Path(source).expanduser().absolute())
 
 

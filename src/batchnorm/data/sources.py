@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from batchnorm.data.cifar import read_cifar10
 from batchnorm.data.fetch import fetch, md5_of
 from batchnorm.data.idx import read_idx
 from batchnorm.data.usps import FILE as USPS_FILE
-from batchnorm.data.usps import read_usps
+from batchnorm.data.usps import FRAMED, framed, read_usps
 
 ENVIRONMENT_VARIABLE = "BATCHNORM_DATA"
 """Folder that is searched when no `data_dir` is given. Read when a source is loaded, never on import."""
@@ -145,7 +145,8 @@ def load(
         source: One of `SOURCES`.
         data_dir: Folder to search; need not exist for `digits`, which comes with scikit-learn.
         size: Side of the images in pixels. Only `digits` are rescaled (8 as scanned, 28 by default
-            as the network of the paper's section 4.1 expects).
+            as the network of the paper's section 4.1 expects), and `usps` (16 by default, as scanned;
+            28 puts them into MNIST's frame: 20×20 in the middle).
         download: Whether missing files may be fetched from the network.
         progress: Draw a progress bar while downloading.
 
@@ -164,6 +165,9 @@ def load(
         raise ValueError(f"Unknown data source {source!r}; known are {', '.join(SOURCES)}.")
     of = {"cifar10": _load_cifar10, "usps": _load_usps}.get(source, _load_idx)
     data = of(source, _folder(data_dir), download=download, progress=progress)
+    if source == "usps" and size == FRAMED:
+        parts = {part: framed(getattr(data, part)) for part in ("train_images", "test_images")}
+        data = replace(data, **parts)
     if size not in (None, data.image_shape[-1]):
         raise ValueError(f"{source} images come in {data.image_shape[-1]} pixels only, not in {size}.")
     return data

@@ -7,7 +7,10 @@ import numpy as np
 from batchnorm.reading import read_arrays
 
 FILE = "usps.npz"
-SIZE = 16
+SIZE, FRAMED = 16, 28
+"""Sides as scanned, and as MNIST has its digits."""
+_BOX = 20
+"""MNIST's digits were fitted into so many pixels in the middle of its images; USPS's fill theirs."""
 _MAX_BYTES = 1 << 26
 _PARTS = ("x_train", "y_train", "x_test", "y_test")
 
@@ -38,3 +41,18 @@ def read_usps(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarra
             raise ValueError(f"{path}: {name} must be whole numbers, got {arrays[name].dtype}")
     x_train, y_train, x_test, y_test = (arrays[name] for name in _PARTS)
     return x_train, y_train.astype(np.int64), x_test, y_test.astype(np.int64)
+
+
+def framed(images: np.ndarray) -> np.ndarray:
+    """Images of 16×16 as MNIST would have them: bilinearly enlarged to 20×20, in the middle of 28×28.
+
+    Args:
+        images: uint8 of shape (N, 16, 16).
+    """
+    import torch
+    from torch.nn.functional import interpolate
+
+    levels = torch.from_numpy(images).unsqueeze(1).float()
+    larger = interpolate(levels, (_BOX, _BOX), mode="bilinear", align_corners=False)
+    margin = (FRAMED - _BOX) // 2
+    return np.pad(larger[:, 0].round().to(torch.uint8).numpy(), ((0, 0), *[(margin, margin)] * 2))
