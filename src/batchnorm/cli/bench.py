@@ -121,9 +121,9 @@ def _fold(options: Any, path: Path, console: Console) -> None:
     arguments = {n: getattr(options, n) for n in ("batches", "rounds", "compiled")}
     means = []
     for network in options.networks:
-        with process("default", options.threads) as fresh:
+        with process(options.memory, options.threads) as fresh:
             found = fresh.submit(fold.measure, network=network, **arguments).result()
-        append(path, "fold", found, threads=options.threads)
+        append(path, "fold", found, memory=options.memory, threads=options.threads)
         means.append(found["geometric_mean"])
         for table in TABLES["fold"](found):
             console.print(table)

@@ -84,6 +84,8 @@ class Fold(Common):
     """Samples of each form."""
     compiled: bool = True
     """Let torch.compile take part, with and without fold: minutes of compilation."""
+    memory: MemorySetting = "kept"
+    """Where the process gets memory from; at its default, fresh pages cost more than a normalization."""
 
 
 @dataclass(frozen=True, kw_only=True)
