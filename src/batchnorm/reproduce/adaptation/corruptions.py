@@ -20,6 +20,8 @@ STRENGTHS: dict[str, dict[str, tuple[float, ...]]] = {
 """By kind: deviation of the noise and of the blur's Gaussian (in pixels), share of the contrast that is left,
 whether inverted, degrees."""
 
+_PART = 1000
+
 
 def corrupted(images: Tensor, kind: str, strength: float, seed: int) -> Tensor:
     """Images in 0 to 1, shape (N, C, H, W), in another domain; the same ones for the same seed."""
@@ -37,10 +39,12 @@ def _blur(x: Tensor, deviation: float, _: torch.Generator) -> Tensor:
     taps = torch.arange(-reach, reach + 1) / deviation
     weights = torch.exp(-taps.square() / 2)
     weights /= weights.sum()
-    C = x.shape[1]
-    x = F.pad(x, (reach,) * 4, mode="replicate")
-    x = F.conv2d(x, weights.view(1, 1, 1, -1).expand(C, 1, 1, -1), groups=C)
-    return F.conv2d(x, weights.view(1, 1, -1, 1).expand(C, 1, -1, 1), groups=C)
+    row, column = (
+        weights.view(shape).expand(x.shape[1], 1, -1, -1) for shape in ((1, 1, 1, -1), (1, 1, -1, 1))
+    )
+    # In parts: a convolution pads three channels to sixteen, which takes gigabytes for all images at once.
+    parts = (F.pad(part, (reach,) * 4, mode="replicate") for part in x.split(_PART))
+    return torch.cat([F.conv2d(F.conv2d(p, row, groups=len(row)), column, groups=len(row)) for p in parts])
 
 
 def _contrast(x: Tensor, share: float, _: torch.Generator) -> Tensor:
