@@ -144,14 +144,16 @@ def test_wrong_settings_are_refused(tmp_path, change, says):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """An experiment on digits with one strength of each corruption, its parts, and its summary."""
-    patch = pytest.MonkeyPatch()
+    patch, threads = pytest.MonkeyPatch(), torch.get_num_threads()
     patch.setitem(STRENGTHS, "grey", {"noise": (0.4,), "blur": (2.5,), "contrast": (0.3,)})
+    torch.set_num_threads(1)  # as in each test: another number rounds otherwise
     experiment = small(tmp_path_factory.mktemp("adaptation"), epochs=4)
     (experiment.out / "jobs").mkdir()
     parts = {}
     for name, arguments in names(experiment).items():
         run_part(*arguments)
         parts[name] = json.loads(path_of(experiment.out, name).read_text())
+    torch.set_num_threads(threads)
     yield experiment, parts, summarize(experiment, parts)
     patch.undo()
 

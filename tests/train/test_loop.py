@@ -241,6 +241,9 @@ def test_signal_saves_the_step_and_the_run_goes_on_from_there(digits, tmp_path, 
 
 
 def test_second_signal_is_not_held_back(digits, tmp_path, monkeypatch):
+    # Where the tests run in the background of a shell, SIGINT is ignored from the start.
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def twice():
         # Python calls a handler when it next looks, which a busy thread beside can put off; two
         # signals that wait together become one. A sleep makes it look.
@@ -254,8 +257,11 @@ def test_second_signal_is_not_held_back(digits, tmp_path, monkeypatch):
             time.sleep(0.001)
 
     at_step(monkeypatch, 5, twice)
-    with pytest.raises(KeyboardInterrupt) as caught:
-        run(SMALL, digits, tmp_path / "run")
+    try:
+        with pytest.raises(KeyboardInterrupt) as caught:
+            run(SMALL, digits, tmp_path / "run")
+    finally:
+        signal.signal(signal.SIGINT, earlier)
     assert not isinstance(caught.value, TrainingStopped)
 
 
