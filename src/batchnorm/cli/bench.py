@@ -2,7 +2,7 @@
 
 import argparse
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,20 +152,6 @@ def _measure_loader(options: Loader) -> dict[str, Any]:
     )
 
 
-def _watch(options: Any, path: Path, console: Console) -> None:
-    with Console(stderr=True).status("watch") as status:
-        found = watch.measure(
-            networks=options.networks,
-            every=options.every,
-            seconds=options.seconds,
-            threads=options.threads,
-            progress=status.update,
-        )
-    append(path, "watch", found, threads=options.threads, every=options.every, seconds=options.seconds)
-    for table in TABLES["watch"](found):
-        console.print(table)
-
-
 def _export(options: Any, path: Path, console: Console) -> None:
     if options.run is not None and len(options.networks) != 1:
         raise ValueError("--run is of one network: name it with --networks")
@@ -187,63 +173,46 @@ def _measure_export(options: Export) -> list[dict[str, Any]]:
     ]
 
 
-def _whitening(options: Any, path: Path, console: Console) -> None:
-    names = ("channels", "groups", "batch", "side", "iterations", "rounds", "threads")
-    with Console(stderr=True).status("whitening") as status:
-        found = whitening.measure(**{n: getattr(options, n) for n in names}, progress=status.update)
-    append(path, "whitening", found, threads=options.threads, rounds=options.rounds)
-    for table in TABLES["whitening"](found):
-        console.print(table)
+def _told(
+    kind: str, bench: Any, names: Sequence[str], kept: Sequence[str] = ("threads", "rounds")
+) -> Callable[[Any, Path, Console], None]:
+    """What runs a benchmark that starts its own processes and tells its progress.
 
+    Args:
+        kind: Its name.
+        bench: Its module.
+        names: Options that ``measure`` takes.
+        kept: Options that stand beside the results in the file.
+    """
 
-def _kinds(options: Any, path: Path, console: Console) -> None:
-    names = ("shapes", "ghost_size", "layouts", "memory", "rounds", "threads")
-    with Console(stderr=True).status("kinds") as status:
-        found = kinds.measure(**{n: getattr(options, n) for n in names}, progress=status.update)
-    append(path, "kinds", found, threads=options.threads, rounds=options.rounds)
-    for table in TABLES["kinds"](found):
-        console.print(table)
+    def run(options: Any, path: Path, console: Console) -> None:
+        arguments = {name: getattr(options, name) for name in names}
+        with Console(stderr=True).status(kind) as status:
+            found = bench.measure(**arguments, progress=status.update)
+        append(path, kind, found, **{name: getattr(options, name) for name in kept})
+        for table in TABLES[kind](found):
+            console.print(table)
 
-
-def _adapt(options: Any, path: Path, console: Console) -> None:
-    arguments = {n: getattr(options, n) for n in ("networks", "batch", "batches", "rounds", "threads")}
-    with Console(stderr=True).status("adapt") as status:
-        found = adapt.measure(**arguments, progress=status.update)
-    append(path, "adapt", found, threads=options.threads, rounds=options.rounds)
-    for table in TABLES["adapt"](found):
-        console.print(table)
-
-
-def _recurrent(options: Any, path: Path, console: Console) -> None:
-    with Console(stderr=True).status("recurrent") as status:
-        found = recurrent.measure(
-            cases=options.cases, rounds=options.rounds, threads=options.threads, progress=status.update
-        )
-    append(path, "recurrent", found, threads=options.threads, rounds=options.rounds)
-    for table in TABLES["recurrent"](found):
-        console.print(table)
-
-
-def _ranks(options: Any, path: Path, console: Console) -> None:
-    arguments = {n: getattr(options, n) for n in ("networks", "ranks", "rounds", "steps", "threads")}
-    with Console(stderr=True).status("ranks") as status:
-        found = ranks.measure(**arguments, progress=status.update)
-    append(path, "ranks", found, threads=options.threads, rounds=options.rounds, steps=options.steps)
-    for table in TABLES["ranks"](found):
-        console.print(table)
+    return run
 
 
 MEASURES: dict[str, Callable[[Any, Path, Console], None]] = {
     "kernels": _kernels,
     "step": _step,
     "memory": _memory,
-    "kinds": _kinds,
-    "whitening": _whitening,
+    "kinds": _told("kinds", kinds, ("shapes", "ghost_size", "layouts", "memory", "rounds", "threads")),
+    "whitening": _told(
+        "whitening", whitening, ("channels", "groups", "batch", "side", "iterations", "rounds", "threads")
+    ),
     "fold": _fold,
     "loader": _loader,
-    "watch": _watch,
+    "watch": _told(
+        "watch", watch, ("networks", "every", "seconds", "threads"), ("threads", "every", "seconds")
+    ),
     "export": _export,
-    "adapt": _adapt,
-    "recurrent": _recurrent,
-    "ranks": _ranks,
+    "adapt": _told("adapt", adapt, ("networks", "batch", "batches", "rounds", "threads")),
+    "recurrent": _told("recurrent", recurrent, ("cases", "rounds", "threads")),
+    "ranks": _told(
+        "ranks", ranks, ("networks", "ranks", "rounds", "steps", "threads"), ("threads", "rounds", "steps")
+    ),
 }

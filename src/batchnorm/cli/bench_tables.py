@@ -117,31 +117,32 @@ def _export_tables(found: Sequence[Mapping[str, Any]]) -> list[Table]:
 
 
 def _whitening_tables(found: Sequence[Mapping[str, Any]]) -> list[Table]:
-    tables = []
-    for row in found:
-        shape, iterations = "×".join(map(str, row["shape"])), row["iterations"]
-        title = f"whitening, {shape}, {iterations} iterations, forward and backward"
-        table = Table("contender", "ms", "of the plain layer", "by processor time", title=title)
-        for name, ms in row["ms"].items():
-            ratios = (_quartiles(row[kind][name], "{:.2f}") for kind in ("ratio", "ratio_cpu"))
-            table.add_row(name, _quartiles(ms, "{:.2f}"), *ratios)
-        table.caption = "medians; in brackets: quartiles of ratios within a round"
-        tables.append(table)
-    return tables
+    return [
+        _over_plain(row, f"whitening, {_shape(row)}, {row['iterations']} iterations, forward and backward")
+        for row in found
+    ]
 
 
 def _kinds_tables(found: Sequence[Mapping[str, Any]]) -> list[Table]:
-    tables = []
-    for row in found:
-        shape = "×".join(map(str, row["shape"]))
-        title = f"{shape}, {row['layout']}, ghosts of {row['ghost_size']}, memory: {row['memory']}"
-        table = Table("", "milliseconds", "over plain", "over plain (CPU)", title=title)
-        for name, ms in row["ms"].items():
-            ratios = (_quartiles(row[clock][name], "{:.2f}") for clock in ("ratio", "ratio_cpu"))
-            table.add_row(name, _quartiles(ms, "{:.2f}"), *ratios)
-        table.caption = "forward and backward; medians over rounds, in brackets quartiles"
-        tables.append(table)
-    return tables
+    return [
+        _over_plain(
+            row, f"{_shape(row)}, {row['layout']}, ghosts of {row['ghost_size']}, memory: {row['memory']}"
+        )
+        for row in found
+    ]
+
+
+def _shape(row: Mapping[str, Any]) -> str:
+    return "×".join(map(str, row["shape"]))
+
+
+def _over_plain(row: Mapping[str, Any], title: str) -> Table:
+    table = Table("", "milliseconds", "over plain", "over plain (CPU)", title=title)
+    for name, ms in row["ms"].items():
+        ratios = (_quartiles(row[clock][name], "{:.2f}") for clock in ("ratio", "ratio_cpu"))
+        table.add_row(name, _quartiles(ms, "{:.2f}"), *ratios)
+    table.caption = "forward and backward; medians over rounds, in brackets quartiles"
+    return table
 
 
 def _adapt_tables(found: Sequence[Mapping[str, Any]]) -> list[Table]:
